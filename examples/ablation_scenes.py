@@ -1,0 +1,120 @@
+"""Drawn scenes: what alignment does, beside cross-attention alone, concatenation, and masks of other scenes.
+
+    python examples/ablation_scenes.py --work runs/ablation_scenes
+
+About 35 minutes on 2 cores. Writes docs/results/scenes-<environment>.csv, .png (accuracy against training steps) and .md.
+Seeds are of weights, data order and training scenes; the test scenes are the same for all and were not looked at before
+the recipe was fixed. The concatenation's learning rate is chosen on validation scenes, among `--rates`.
+"""
+
+import argparse
+import dataclasses
+import statistics
+from importlib.resources import files
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from ablation import ARMS, arm_recipe, run_all, run_arm, save_result
+from tables import environment_name, write_csv, write_markdown
+
+from age_vlm.evaluation.benchmark import answer_metrics
+from age_vlm.training.recipe import load_recipe
+
+
+TARGET = 0.90
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", default="runs/ablation_scenes", help="where runs are kept, to go on after a stop")
+    parser.add_argument("--output", default="docs/results")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--run", help=argparse.SUPPRESS)
+    parser.add_argument("--arm", help=argparse.SUPPRESS)
+    parser.add_argument("--rate", type=float, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+
+    recipe = load_recipe(files("age_vlm") / "recipes" / "scenes.yaml")
+    recipe.training = dataclasses.replace(
+        recipe.training, evaluate_every=50, steps=options.steps or recipe.training.steps
+    )
+    if options.run:
+        recipe = arm_recipe(recipe, options.arm, options.seeds[0])
+        if options.rate:
+            recipe.training = dataclasses.replace(recipe.training, learning_rate=options.rate)
+        result = run_arm(recipe, options.arm, curve_on="test", figures=lambda *a: answer_metrics(*a)[0])
+        save_result(Path(options.run), result | {"learning_rate": recipe.training.learning_rate})
+        return
+
+    steps = ["--steps", str(recipe.training.steps)]
+    work = Path(options.work)
+    tuning = [
+        (f"tune concatenation {rate}", ["--arm", "concatenation", "--rate", str(rate), "--seeds", "0", *steps])
+        for rate in options.rates
+    ]
+    tuned = run_all(__file__, tuning, work, options.workers)
+    rate = max(tuned, key=lambda result: result["validation"]["pope/adversarial/accuracy"])["learning_rate"]
+    print(f"concatenation: learning rate {rate}, chosen on validation")
+    jobs = []
+    for arm in ARMS:
+        for seed in options.seeds:
+            arguments = ["--arm", arm, "--seeds", str(seed), *steps]
+            jobs.append((f"{arm} {seed}", arguments + (["--rate", str(rate)] if arm == "concatenation" else [])))
+    results = run_all(__file__, jobs, work, options.workers)
+
+    rows = [row(result) for result in results]
+    name = Path(options.output) / f"scenes-{environment_name(results[0]['environment'])}"
+    name.parent.mkdir(parents=True, exist_ok=True)
+    write_csv(name.with_suffix(".csv"), rows)
+    plot(results, name.with_suffix(".png"))
+    write_markdown(name.with_suffix(".md"), rows, by="arm", seeds=len(options.seeds))
+    print(name.with_suffix(".md").read_text("utf-8"))
+
+
+def steps_to_target(result: dict) -> int | None:
+    """First measured step with adversarial accuracy of `TARGET`, or None if it was never reached."""
+    reached = [point["step"] for point in result["curve"] if point["adversarial_accuracy"] >= TARGET]
+    return reached[0] if reached else None
+
+
+def row(result: dict) -> dict:
+    test = result["test"]
+    steps = steps_to_target(result)
+    return {
+        "arm": result["arm"],
+        "seed": result["seed"],
+        "parameters": result["parameters"],
+        "learning rate": result["learning_rate"],
+        f"steps to adversarial {TARGET:.2f}": steps if steps is not None else "",
+        **{key: value for key, value in test.items() if not isinstance(value, dict)},
+    }
+
+
+def plot(results: list[dict], path: Path) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
+    colours = dict(zip(ARMS, ("#7f7f7f", "#0072b2", "#d55e00", "#009e73")))
+    for axis, key, title in (
+        (axes[0], "adversarial_accuracy", "existence, adversarial: accuracy"),
+        (axes[1], "pointing_accuracy", "pointing accuracy (aligned heads)"),
+    ):
+        for arm in ARMS:
+            curves = [result["curve"] for result in results if result["arm"] == arm and key in result["curve"][0]]
+            for curve in curves:
+                axis.plot(
+                    [p["step"] for p in curve], [p[key] for p in curve], color=colours[arm], alpha=0.25, linewidth=1
+                )
+            if curves:
+                middle = [statistics.median(points) for points in zip(*([p[key] for p in curve] for curve in curves))]
+                axis.plot([p["step"] for p in curves[0]], middle, color=colours[arm], label=arm, linewidth=2)
+        axis.set(title=title, xlabel="training step", ylim=(0, 1.02))
+        axis.grid(alpha=0.3)
+    axes[0].axhline(TARGET, color="black", linewidth=0.8, linestyle=":")
+    axes[0].legend(loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Results as files: a CSV row a run, and a Markdown table of medians and ranges over seeds."""
+
+import csv
+import os
+import re
+import statistics
+from pathlib import Path
+
+
+def environment_name(environment: dict) -> str:
+    """What the figures depend on besides the code, short enough for a file name."""
+    device = re.sub(r"[^a-z0-9]+", "-", str(environment["device"]).lower()).strip("-")
+    return f"{device}-torch{environment['torch'].split('+')[0]}-transformers{environment['transformers']}"
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(
+            {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()} for row in rows
+        )
+    os.replace(temporary, path)
+
+
+def write_markdown(path: Path, rows: list[dict], *, by: str, seeds: int) -> None:
+    """Figures down, arms across; each cell is the median over seeds, with the lowest and highest in brackets."""
+    groups = list(dict.fromkeys(row[by] for row in rows))
+    figures = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in (by, "seed")]
+    lines = [
+        f"| median of {seeds} seeds (lowest to highest) | " + " | ".join(groups) + " |",
+        "|---" * (len(groups) + 1) + "|",
+    ]
+    for figure in figures:
+        cells = []
+        for group in groups:
+            values = [row.get(figure, "") for row in rows if row[by] == group]
+            cells.append(_cell(values))
+        lines.append(f"| {figure} | " + " | ".join(cells) + " |")
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def _cell(values: list) -> str:
+    numbers = [value for value in values if isinstance(value, (int, float))]
+    if not numbers:
+        return "never" if "" in values and len(values) > 1 else "-"
+    shown = [
+        f"{v:.0f}" if abs(v) >= 10 or (isinstance(v, int) and v) else f"{v:.3g}"
+        for v in (statistics.median(numbers), min(numbers), max(numbers))
+    ]
+    if min(numbers) == max(numbers) and len(numbers) == len(values):
+        return shown[0]
+    missing = f", {len(values) - len(numbers)} never" if len(numbers) < len(values) else ""
+    return f"{shown[0]} ({shown[1]} to {shown[2]}{missing})"

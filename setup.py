@@ -1,0 +1,62 @@
+"""age-vlm: the package's metadata, and the three top-level folders that travel inside every checkpoint."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+HERE = Path(__file__).parent
+CHECKPOINT_CODE = {
+    "age_vlm.configuration": "configuration",
+    "age_vlm.modeling_agevlm": "modeling_agevlm",
+    "age_vlm.processing": "processing",
+}
+
+INSTALL_REQUIRES = [
+    "torch>=2.6",  # first release whose SDPA and flex attention transformers 5 relies on
+    "torchvision>=0.21",  # goes with torch 2.6; timm and the image processors need it
+    "transformers>=5.16,<6",  # the cache and generation hooks of 5.16; a new major breaks model code
+    "timm>=1.0.15,<2",  # feature lists with pruned stages as the tiny preset builds them
+    "datasets>=4.0,<6",  # `List` features
+    "accelerate>=1.10,<2",  # required by transformers.Trainer 5
+    "safetensors>=0.5",  # sharded, atomic weight files
+    "huggingface-hub>=1.5,<3",  # required by transformers 5
+    "peft>=0.18,<1",  # first release for transformers 5
+    "pillow>=10.1",  # ImageOps.exif_transpose(in_place) and modern resampling names
+    "pycocotools>=2.0.8",  # wheels for NumPy 2
+    "torchmetrics>=1.5,<2",  # AUROC as the field computes it
+    "jinja2>=3.1",  # chat templates and the report
+    "matplotlib>=3.8",  # curves and colour maps
+    "rich>=13",  # tables on the terminal
+    "pyyaml>=6",  # recipes
+]
+
+EXTRAS_REQUIRE = {
+    # the `sam2` package of Meta builds from source against the installed torch
+    "sam2": ["sam2>=1.1"],
+    "test": ["pytest>=8", "hypothesis>=6.100", "pytest-timeout>=2.3"],
+    "dev": ["ruff>=0.14,<1", "pre-commit>=4", "build>=1.2"],
+}
+EXTRAS_REQUIRE["dev"] += EXTRAS_REQUIRE["test"]
+
+setup(
+    name="age-vlm",
+    version="0.1.0",
+    description="AGE-VLM for the Hugging Face stack: a small vision-language model whose cross-attention is aligned with masks",
+    long_description=(HERE / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    package_dir={"": "src", **CHECKPOINT_CODE},
+    packages=[*find_packages("src"), *CHECKPOINT_CODE],
+    package_data={"age_vlm": ["**/*.jinja", "**/*.yaml"]},
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS_REQUIRE,
+    entry_points={"console_scripts": ["age-vlm = age_vlm.cli:main"]},
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

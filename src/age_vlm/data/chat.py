@@ -1,0 +1,119 @@
+"""A chat as tokens: what the model reads, what it is to learn, and which tokens a phrase became."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from .schema import Message
+
+
+# Put around every piece of message text while rendering, to find it again whatever the chat template puts around it.
+_START, _END = "\ue000", "\ue001"
+
+
+@dataclass(frozen=True)
+class EncodedChat:
+    """
+    Attributes:
+        input_ids: the tokens of the rendered chat.
+        labels: the same for what the assistant says, its end-of-turn token included; -100 elsewhere.
+        offsets: characters [start, end) of the rendered chat that each token stands for.
+        pieces: for every message, (first character in the message's text, first character in the rendered chat,
+            length) of each of its text parts.
+    """
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    offsets: tuple[tuple[int, int], ...]
+    pieces: tuple[tuple[tuple[int, int, int], ...], ...]
+
+    def phrase_tokens(self, message: int, start: int, end: int) -> list[int]:
+        """Positions of the tokens that hold characters [start, end) of a message's text, in order."""
+        spans = []
+        for in_text, in_chat, length in self.pieces[message]:
+            first, last = max(start, in_text), min(end, in_text + length)
+            if first < last:
+                spans.append((first - in_text + in_chat, last - in_text + in_chat))
+        return [
+            position
+            for position, (left, right) in enumerate(self.offsets)
+            if any(left < span_end and right > span_start for span_start, span_end in spans)
+        ]
+
+
+class ChatEncoder:
+    """Renders chats with the processor's own template and tokenizes them.
+
+    Encodings are kept: the questions of a data set repeat from picture to picture, and from epoch to epoch.
+    """
+
+    def __init__(self, processor, cache_size: int = 65_536):
+        self.processor = processor
+        self._encode = lru_cache(maxsize=cache_size)(self._encode_parts)
+
+    def __call__(self, messages: Sequence[Message]) -> EncodedChat:
+        return self._encode(
+            tuple(
+                (message["role"], tuple((part["type"], part["text"]) for part in _parts(message)))
+                for message in messages
+            )
+        )
+
+    def _encode_parts(self, messages) -> EncodedChat:
+        def chat(mark: bool):
+            def text(content):
+                return f"{_START}{content}{_END}" if mark else content
+
+            return [
+                {
+                    "role": role,
+                    "content": [
+                        {"type": "text", "text": text(content)} if kind == "text" else {"type": kind}
+                        for kind, content in parts
+                    ],
+                }
+                for role, parts in messages
+            ]
+
+        rendered = self.processor.apply_chat_template(chat(mark=False), tokenize=False)
+        marked = self.processor.apply_chat_template(chat(mark=True), tokenize=False)
+        if marked.replace(_START, "").replace(_END, "") != rendered:
+            raise ValueError(
+                "chat_template: changes the text of messages, expected one that keeps it: phrases are found by it."
+            )
+        pieces, cursor, removed = [], 0, 0
+        for _, parts in messages:
+            in_text, found = 0, []
+            for kind, content in parts:
+                if kind != "text":
+                    continue
+                cursor = marked.find(_START, cursor)
+                if cursor < 0:
+                    break  # a template may leave a system message out
+                found.append((in_text, cursor - removed, len(content)))
+                cursor += len(content) + 2
+                removed += 2
+                in_text += len(content)
+            pieces.append(tuple(found))
+
+        tokenizer = self.processor.tokenizer
+        encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        special = set(tokenizer.all_special_ids)
+        labels = [-100] * len(ids)
+        for (role, _), spans in zip(messages, pieces):
+            if role != "assistant":
+                continue
+            for _, start, length in spans:
+                inside = [i for i, (left, right) in enumerate(offsets) if left < start + length and right > start]
+                after = [i for i, (left, _) in enumerate(offsets) if left >= start + length][:1]
+                for i in inside + [i for i in after if ids[i] in special]:
+                    labels[i] = ids[i]
+        return EncodedChat(tuple(ids), tuple(labels), tuple(map(tuple, offsets)), tuple(pieces))
+
+
+def _parts(message: Message):
+    content = message["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content

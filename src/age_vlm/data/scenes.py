@@ -1,0 +1,710 @@
+"""Drawn scenes, the embedded default: endless pictures of coloured shapes with exact masks, text and questions.
+
+A scene is a function of (seed, split, index) and nothing else. Training scenes carry a language prior on purpose: some
+kinds (colour and shape) are far more frequent than others, and each kind has a fixed partner that nearly always appears
+with it. Validation and test scenes have neither: a model that answers from the prior, not from the picture, is caught.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from .masks import MaskRLE, encode_mask
+from .questions import MODES, EvaluationItem, Question, existence_negatives
+from .schema import FEATURES, Grounding, Message, Sample, assistant_message, grounding, user_message
+
+
+if TYPE_CHECKING:
+    import datasets
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+SIZES = ("small", "large")
+NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (222, 36, 36),
+    "green": (38, 168, 56),
+    "blue": (44, 74, 226),
+    "yellow": (240, 216, 44),
+    "purple": (156, 48, 188),
+    "cyan": (64, 212, 224),
+}
+
+# Radius as a share of the picture's side. Stars and triangles get more, so that all shapes cover similar areas.
+_RADIUS = {"small": 0.105, "large": 0.175}
+_STRETCH = {"circle": 0.95, "square": 0.86, "triangle": 1.2, "star": 1.28, "cross": 1.05, "ring": 1.08}
+
+# Separate random streams of one (seed, split, index): the text of a scene may change without its pixels.
+_PIXELS, _TEXT, _QUESTIONS, _ICONS = range(4)
+
+# Popular negatives come from this many of the most frequent absent kinds: POPE asks about three per picture and mode.
+_POPULAR_POOL = 3
+
+Kind = tuple[str, str]
+"""(colour, shape)."""
+
+
+def _polygon(corners: int, *radii: float) -> list[tuple[float, float]]:
+    """Corners at equal angles around the origin, the first one up, whose radii repeat the given ones."""
+    turn = 2 * math.pi / corners
+    around = [(radii[i % len(radii)], i * turn - math.pi / 2) for i in range(corners)]
+    return [(radius * math.cos(angle), radius * math.sin(angle)) for radius, angle in around]
+
+
+_ARM = 0.34
+_CORNERS: dict[str, list[tuple[float, float]]] = {
+    "square": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
+    "triangle": _polygon(3, 1.0, 1.0),
+    "star": _polygon(10, 1.0, 0.45),
+    "cross": [
+        *[(-_ARM, -1), (_ARM, -1), (_ARM, -_ARM), (1, -_ARM), (1, _ARM), (_ARM, _ARM)],
+        *[(_ARM, 1), (-_ARM, 1), (-_ARM, _ARM), (-1, _ARM), (-1, -_ARM), (-_ARM, -_ARM)],
+    ],
+}
+SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star", "cross", "ring")
+
+
+@dataclass(frozen=True)
+class SceneConfig:
+    """How scenes are drawn.
+
+    Attributes:
+        size: side of the picture in pixels, at least 32.
+        shapes, colours: what objects may be, chosen from `SHAPES` and `COLOURS`.
+        min_objects, max_objects: number of objects in a scene, 1 to 9.
+        zipf_exponent: training frequency of the pair of kinds of rank r is proportional to r ** -zipf_exponent.
+        partner_probability: share of the training scenes with some kind that also have its partner.
+        min_visible: share of an object's pixels that no other object may cover.
+        min_pixels: number of an object's pixels that must be visible.
+        noise: standard deviation of the pixel noise, in grey levels.
+        bias_seed: chooses which kinds are partners and which are frequent. Apart from the seed of the scenes, so that
+            runs with other seeds learn from other pictures but the same prior.
+
+    Raises:
+        ValueError: a value is outside what is said above.
+    """
+
+    size: int = 64
+    shapes: tuple[str, ...] = SHAPES
+    colours: tuple[str, ...] = tuple(COLOURS)
+    min_objects: int = 2
+    max_objects: int = 4
+    zipf_exponent: float = 1.0
+    partner_probability: float = 0.8
+    min_visible: float = 0.7
+    min_pixels: int = 20
+    noise: float = 9.0
+    bias_seed: int = 0
+
+    def __post_init__(self) -> None:
+        # Recipes come from YAML, which has lists only; a tuple keeps the config hashable.
+        object.__setattr__(self, "shapes", tuple(self.shapes))
+        object.__setattr__(self, "colours", tuple(self.colours))
+        for name, known in (("shapes", SHAPES), ("colours", tuple(COLOURS))):
+            chosen = getattr(self, name)
+            if not chosen or len(set(chosen)) != len(chosen) or not set(chosen) <= set(known):
+                raise ValueError(f"{name} is {chosen}, expected some of {known}, each once.")
+        if self.size < 32:
+            raise ValueError(f"size is {self.size}, expected at least 32 pixels.")
+        most = min(len(NUMBER_WORDS) - 1, len(self.shapes) * len(self.colours))
+        if not 1 <= self.min_objects <= self.max_objects <= most:
+            raise ValueError(
+                f"min_objects is {self.min_objects} and max_objects {self.max_objects}, "
+                f"expected 1 <= min_objects <= max_objects <= {most}."
+            )
+        if self.zipf_exponent < 0:
+            raise ValueError(f"zipf_exponent is {self.zipf_exponent}, expected at least 0.")
+        # At 1 a partner would never be missing, and no answer could tell the picture from the prior.
+        if not 0 <= self.partner_probability < 1:
+            raise ValueError(f"partner_probability is {self.partner_probability}, expected at least 0 and below 1.")
+        if not 0 <= self.min_visible <= 1:
+            raise ValueError(f"min_visible is {self.min_visible}, expected a share from 0 to 1.")
+        if self.min_pixels < 1:
+            raise ValueError(f"min_pixels is {self.min_pixels}, expected at least 1.")
+        if self.noise < 0:
+            raise ValueError(f"noise is {self.noise}, expected at least 0.")
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """All (colour, shape), shape by shape."""
+        return tuple((colour, shape) for shape in self.shapes for colour in self.colours)
+
+
+@dataclass(frozen=True, eq=False)
+class SceneObject:
+    """An object as drawn. `centre` is (x, y) in pixels; `mask`, bool (height, width), is where it is visible."""
+
+    shape: str
+    colour: str
+    size: str
+    centre: tuple[float, float]
+    mask: np.ndarray
+
+    @property
+    def kind(self) -> Kind:
+        """(colour, shape), which no two objects of a scene share."""
+        return self.colour, self.shape
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """A picture (RGB) and its objects, the undermost first."""
+
+    id: str
+    split: Split
+    index: int
+    seed: int
+    image: Image.Image
+    objects: tuple[SceneObject, ...]
+
+
+# Drawing ------------------------------------------------------------------------------------------------------------
+
+
+def draw_scene(split: Split, index: int, config: SceneConfig | None = None, seed: int = 0) -> Scene:
+    """Draw scene number `index` of a split: always the same picture for the same arguments, and no other split has it.
+
+    Raises:
+        ValueError: unknown split, negative index or seed, or objects that do not fit into the picture.
+    """
+    config = config or SceneConfig()
+    rng = _generator(split, index, seed, _PIXELS)
+    kinds = _biased_kinds(rng, config) if split == "train" else _uniform_kinds(rng, config)
+    kinds = [kinds[i] for i in rng.permutation(len(kinds))]
+    sizes = [SIZES[i] for i in rng.integers(len(SIZES), size=len(kinds))]
+    coverages = [_coverage(shape, size, config, rng) for (_, shape), size in zip(kinds, sizes, strict=True)]
+    corners, masks = _place(coverages, [colour for colour, _ in kinds], config, rng)
+    canvas = _background(config.size, rng)
+    for (colour, _), coverage, corner in zip(kinds, coverages, corners, strict=True):
+        _paint(canvas, coverage, corner, colour, rng)
+    objects = tuple(
+        SceneObject(shape, colour, size, (x + coverage.shape[1] / 2, y + coverage.shape[0] / 2), mask)
+        for (colour, shape), size, coverage, (x, y), mask in zip(kinds, sizes, coverages, corners, masks, strict=True)
+    )
+    return Scene(f"scenes-{split}-{seed}-{index}", split, index, seed, _develop(canvas, config, rng), objects)
+
+
+def _generator(split: str, index: int, seed: int, stream: int) -> np.random.Generator:
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}, expected one of {SPLITS}.")
+    for name, value in (("index", index), ("seed", seed)):
+        if value < 0:
+            raise ValueError(f"{name} is {value}, expected at least 0.")
+    # The spawn key is mixed in apart from the entropy, so no seed of one split can reach the stream of another.
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(SPLITS.index(split), stream, index)))
+
+
+@lru_cache(maxsize=16)
+def _partners(config: SceneConfig) -> tuple[tuple[Kind, ...], ...]:
+    """Pairs of partner kinds, the most frequent first; where the number of kinds is odd, the last stands alone.
+
+    Partners differ in colour and in shape where the palette allows it: then a scene that holds both always has an
+    adversarial negative, the colour of one with the shape of the other.
+    """
+    rng = np.random.default_rng(config.bias_seed)
+    best: list[tuple[Kind, ...]] = []
+    for _ in range(50):
+        rest = [config.kinds[i] for i in rng.permutation(len(config.kinds))]
+        pairs = []
+        while len(rest) > 1:
+            kind = rest.pop()
+            distinct = (other for other in rest if other[0] != kind[0] and other[1] != kind[1])
+            partner = next(distinct, None)
+            if partner is None:
+                break
+            rest.remove(partner)
+            pairs.append((kind, partner))
+        if len(rest) <= 1:
+            return tuple(pairs + [tuple(rest)] * len(rest))
+        if len(pairs) >= len(best):
+            best = pairs + [tuple(rest[i : i + 2]) for i in range(0, len(rest), 2)]
+    return tuple(best)
+
+
+@lru_cache(maxsize=16)
+def _pair_probabilities(config: SceneConfig) -> np.ndarray:
+    weights = np.arange(1, len(_partners(config)) + 1) ** -float(config.zipf_exponent)
+    return weights / weights.sum()
+
+
+def partner(kind: Kind, config: SceneConfig | None = None) -> Kind | None:
+    """The kind that nearly always appears with this one in training scenes; None for a kind without one."""
+    for pair in _partners(config or SceneConfig()):
+        if kind in pair:
+            return next((other for other in pair if other != kind), None)
+    raise ValueError(f"kind is {kind!r}, expected a (colour, shape) of the config.")
+
+
+@lru_cache(maxsize=16)
+def training_frequency(config: SceneConfig) -> Mapping[Kind, float]:
+    """How often kinds appear in training scenes, relative to one another (the chance to be drawn first)."""
+    probabilities = _pair_probabilities(config)
+    return {kind: float(p) for pair, p in zip(_partners(config), probabilities, strict=True) for kind in pair}
+
+
+def _biased_kinds(rng: np.random.Generator, config: SceneConfig) -> list[Kind]:
+    """Kinds of a training scene: pairs by Zipf's law, of which both, or one only, enter the scene.
+
+    With c the partner probability, both enter with probability c / (2 - c) and each alone with (1 - c) / (2 - c): then
+    the share of scenes with one that also have the other is c for either of them.
+    """
+    pairs, probabilities = _partners(config), _pair_probabilities(config)
+    both = config.partner_probability / (2 - config.partner_probability)
+    # A pair may exceed the target by one. With one object of room kept for it, no pair is cut, and c stays exact.
+    target = int(rng.integers(config.min_objects, max(config.min_objects, config.max_objects - 1) + 1))
+    kinds: list[Kind] = []
+    for number in rng.choice(len(pairs), size=len(pairs), replace=False, p=probabilities):
+        pair = pairs[number]
+        if rng.random() >= both or len(kinds) + len(pair) > config.max_objects:
+            pair = (pair[int(rng.integers(len(pair)))],)
+        kinds.extend(pair)
+        if len(kinds) >= target:
+            return kinds
+    # Where nearly all kinds are asked for, those that stayed out fill the scene.
+    rest = [kind for kind in config.kinds if kind not in kinds]
+    return kinds + [rest[i] for i in rng.permutation(len(rest))[: target - len(kinds)]]
+
+
+def _uniform_kinds(rng: np.random.Generator, config: SceneConfig) -> list[Kind]:
+    """Kinds of an evaluation scene: uniform among the choices that leave an adversarial negative."""
+    number = int(rng.integers(config.min_objects, config.max_objects + 1))
+    kinds: list[Kind] = []
+    # With few kinds in the palette there may be no such choice: then any will do, see `_affinity`.
+    for _ in range(100):
+        kinds = [config.kinds[i] for i in rng.choice(len(config.kinds), size=number, replace=False)]
+        crossed = {(colour, shape) for colour, _ in kinds for _, shape in kinds}
+        if len(crossed) > len(kinds):
+            break
+    return kinds
+
+
+def _coverage(shape: str, size: str, config: SceneConfig, rng: np.random.Generator) -> np.ndarray:
+    """A shape with smooth edges as the share of each pixel it covers: float32 of shape (patch, patch), 0 to 1."""
+    radius = _RADIUS[size] * _STRETCH[shape] * config.size * rng.uniform(0.94, 1.06)
+    tilt = rng.uniform(-0.2, 0.2)
+    patch = 2 * math.ceil(radius * 1.42) + 1
+    scale = 4
+    middle = patch * scale / 2
+    drawing = Image.new("L", (patch * scale, patch * scale))
+    pen = ImageDraw.Draw(drawing)
+    reach = radius * scale
+
+    def disc(share: float, fill: int) -> None:
+        pen.ellipse([middle - share * reach] * 2 + [middle + share * reach] * 2, fill)
+
+    if shape == "circle":
+        disc(1.0, 255)
+    elif shape == "ring":
+        disc(1.0, 255)
+        disc(0.52, 0)
+    else:
+        cos, sin = math.cos(tilt) * reach, math.sin(tilt) * reach
+        pen.polygon([(middle + x * cos - y * sin, middle + x * sin + y * cos) for x, y in _CORNERS[shape]], fill=255)
+    covered = np.asarray(drawing.reduce(scale), dtype=np.float32) / 255
+    rows, columns = np.flatnonzero(covered.any(1)), np.flatnonzero(covered.any(0))
+    return covered[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def _place(
+    coverages: Sequence[np.ndarray], colours: Sequence[str], config: SceneConfig, rng: np.random.Generator
+) -> tuple[list[tuple[int, int]], list[np.ndarray]]:
+    """Upper left corners (x, y) and visible masks of objects stacked in order, wholly inside the picture.
+
+    Objects of one colour keep apart: where they overlap, nobody could tell their shapes.
+    """
+    side = config.size
+    solid = [coverage >= 0.5 for coverage in coverages]
+    needed = [max(config.min_visible * mask.sum(), min(config.min_pixels, mask.sum())) for mask in solid]
+    for _ in range(100):
+        corners: list[tuple[int, int]] = []
+        visible: list[np.ndarray] = []
+        for number, patch in enumerate(solid):
+            height, width = patch.shape
+            for _ in range(20):
+                x, y = (int(rng.integers(side - extent + 1)) for extent in (width, height))
+                alike = [i for i in range(number) if colours[i] == colours[number]]
+                if any(_touch((x, y), patch, corners[i], solid[i]) for i in alike):
+                    continue
+                mask = np.zeros((side, side), dtype=bool)
+                mask[y : y + height, x : x + width] = patch
+                under = [below & ~mask for below in visible]
+                if all(below.sum() >= least for below, least in zip(under, needed[:number], strict=True)):
+                    corners.append((x, y))
+                    visible = [*under, mask]
+                    break
+            else:
+                break
+        # A pair that is apart sideways lets every scene ask about left and right.
+        if len(corners) == len(solid) and (len(solid) == 1 or _beside(_centres_x(corners, solid), side)):
+            return corners, visible
+    raise ValueError(
+        f"max_objects is {config.max_objects}, but that many do not fit into {side} pixels with "
+        f"min_visible {config.min_visible}; expected fewer objects or a larger size."
+    )
+
+
+def _touch(corner: tuple[int, int], patch: np.ndarray, other: tuple[int, int], other_patch: np.ndarray) -> bool:
+    """Whether the boxes of two patches overlap or have no pixel between them."""
+    spans = zip(corner, patch.shape[::-1], other, other_patch.shape[::-1], strict=True)
+    return all(start <= begin + extent and begin <= start + length for start, length, begin, extent in spans)
+
+
+def _centres_x(corners: Sequence[tuple[int, int]], patches: Sequence[np.ndarray]) -> list[float]:
+    return [x + patch.shape[1] / 2 for (x, _), patch in zip(corners, patches, strict=True)]
+
+
+def _beside(centres: Sequence[float], side: int) -> list[tuple[int, int]]:
+    """Pairs (i, j) of which i is clearly left of j."""
+    margin = side / 8
+    return [(i, j) for i, a in enumerate(centres) for j, b in enumerate(centres) if b - a >= margin]
+
+
+def _background(side: int, rng: np.random.Generator) -> np.ndarray:
+    """A greyish texture, float32 of shape (side, side, 3) in grey levels: clouds, a gradient, stripes or a weave."""
+    tint = rng.uniform(-14, 14, size=3)
+    canvas = np.empty((side, side, 3), dtype=np.float32)
+    level = rng.uniform(70, 185)
+    across, down = np.meshgrid(np.arange(side) / side, np.arange(side) / side)
+    angle = rng.uniform(0, math.pi)
+    along = across * math.cos(angle) + down * math.sin(angle)
+    style = rng.integers(4)
+    if style == 0:
+        pattern = np.zeros((side, side))
+    elif style == 1:
+        pattern = (along - along.mean()) * rng.uniform(30, 70)
+    elif style == 2:
+        pattern = np.sin(along * rng.uniform(20, 70)) * rng.uniform(6, 16)
+    else:
+        pitch = rng.uniform(20, 50)
+        pattern = np.sign(np.sin(across * pitch) * np.sin(down * pitch)) * rng.uniform(5, 12)
+    cells = int(rng.integers(3, 9))
+    clouds = Image.fromarray(rng.normal(0, 1, size=(cells, cells)).astype(np.float32))
+    pattern = pattern + np.asarray(clouds.resize((side, side), Image.Resampling.BICUBIC)) * rng.uniform(6, 16)
+    canvas[:] = (level + pattern)[..., None] + tint
+    return canvas
+
+
+def _paint(
+    canvas: np.ndarray, coverage: np.ndarray, corner: tuple[int, int], colour: str, rng: np.random.Generator
+) -> None:
+    height, width = coverage.shape
+    x, y = corner
+    paint = np.array(COLOURS[colour]) + rng.uniform(-10, 10, size=3)
+    # A faint fall of light, so that an object is not one flat colour.
+    shade = 1 + rng.uniform(-0.12, 0.12) * np.linspace(-1, 1, height, dtype=np.float32)[:, None, None]
+    region = canvas[y : y + height, x : x + width]
+    region += coverage[..., None] * (paint.astype(np.float32) * shade - region)
+
+
+def _develop(canvas: np.ndarray, config: SceneConfig, rng: np.random.Generator) -> Image.Image:
+    noisy = canvas + rng.standard_normal(canvas.shape, dtype=np.float32) * config.noise
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+
+
+# Text ---------------------------------------------------------------------------------------------------------------
+
+_CAPTION_PROMPTS = ("describe the picture.", "what is in the picture?", "what do you see?")
+_EXISTENCE = ("is there a {} in the picture?", "is there a {}?", "do you see a {}?")
+_COUNT = ("how many {} are there?", "how many {} are in the picture?")
+_COLOUR = ("what colour is the {}?", "which colour has the {}?")
+_RELATION = ("is the {} {} of the {}?",)
+_SIDES = ("left", "right")
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A question, its answer, the span asked about, and the grounded spans of either text as (start, end, mask)."""
+
+    question: str
+    answer: str
+    about: tuple[int, int] | None = None
+    in_question: tuple[tuple[int, int, np.ndarray], ...] = ()
+    in_answer: tuple[tuple[int, int, np.ndarray], ...] = ()
+
+
+def _fill(template: str, *words: str) -> tuple[str, list[tuple[int, int]]]:
+    """Fill the places of a template; also the character span of each word put in."""
+    pieces = template.split("{}")
+    text, spans = pieces[0], []
+    for word, piece in zip(words, pieces[1:], strict=True):
+        spans.append((len(text), len(text) + len(word)))
+        text += word + piece
+    return text, spans
+
+
+def _plural(shape: str) -> str:
+    return f"{shape}es" if shape.endswith("s") else f"{shape}s"
+
+
+def _pick(options: Sequence[Any], rng: np.random.Generator) -> Any:
+    return options[int(rng.integers(len(options)))]
+
+
+def _affinity(scene: Scene, config: SceneConfig) -> dict[Kind, float]:
+    """Rank of kinds as adversarial negatives: colour and shape both in the scene, else one of them, else neither."""
+    colours, shapes = {o.colour for o in scene.objects}, {o.shape for o in scene.objects}
+    return {kind: (kind[0] in colours) + (kind[1] in shapes) for kind in config.kinds}
+
+
+def _negatives(scene: Scene, config: SceneConfig, rng: np.random.Generator) -> dict[str, Kind]:
+    chosen = existence_negatives(
+        [o.kind for o in scene.objects],
+        config.kinds,
+        frequency=training_frequency(config),
+        affinity=_affinity(scene, config),
+        rng=rng,
+        pool=_POPULAR_POOL,
+    )
+    # A scene may show every kind of a tiny palette: then nothing is absent.
+    return {mode: kinds[0] for mode, kinds in chosen.items() if kinds}
+
+
+def _existence_turn(scene: Scene, kind: Kind, template: str) -> _Turn:
+    text, (span,) = _fill(template, " ".join(kind))
+    masks = [o.mask for o in scene.objects if o.kind == kind]
+    return _Turn(text, "yes" if masks else "no", span, tuple((*span, mask) for mask in masks))
+
+
+def _caption_turn(scene: Scene, rng: np.random.Generator) -> _Turn:
+    text, spans = "", []
+    for place, number in enumerate(rng.permutation(len(scene.objects))):
+        item = scene.objects[number]
+        if place:
+            text += " and " if place == len(scene.objects) - 1 else ", "
+        text += f"a {item.size} " if rng.random() < 0.5 else "a "
+        phrase = " ".join(item.kind)
+        spans.append((len(text), len(text) + len(phrase), item.mask))
+        text += phrase
+    return _Turn(_pick(_CAPTION_PROMPTS, rng), text, in_answer=tuple(spans))
+
+
+def _count_turn(scene: Scene, template: str, config: SceneConfig, rng: np.random.Generator) -> _Turn:
+    groups = [(_plural(shape), [o.mask for o in scene.objects if o.shape == shape]) for shape in config.shapes]
+    groups += [(f"{name} objects", [o.mask for o in scene.objects if o.colour == name]) for name in config.colours]
+    # The answer is chosen first, so that 'zero' is no better a guess than the others a scene allows.
+    answer = _pick(sorted({len(masks) for _, masks in groups}), rng)
+    noun, masks = _pick([group for group in groups if len(group[1]) == answer], rng)
+    text, (span,) = _fill(template, noun)
+    return _Turn(text, NUMBER_WORDS[answer], span, ((*span, np.logical_or.reduce(masks)),) if masks else ())
+
+
+def _colour_turn(scene: Scene, template: str, rng: np.random.Generator) -> _Turn | None:
+    """Ask the colour of the only object of its shape, or of its size and shape; None when there is no such object."""
+    options = []
+    for item in scene.objects:
+        alike = [o for o in scene.objects if o.shape == item.shape]
+        if len(alike) == 1:
+            options.append((item.shape, item))
+        elif sum(o.size == item.size for o in alike) == 1:
+            options.append((f"{item.size} {item.shape}", item))
+    if not options:
+        return None
+    noun, item = _pick(options, rng)
+    text, (span,) = _fill(template, noun)
+    return _Turn(text, item.colour, span, ((*span, item.mask),))
+
+
+def _relation_turn(scene: Scene, rng: np.random.Generator) -> _Turn | None:
+    """Ask whether one object is left or right of another; None when no two are clearly apart sideways."""
+    pairs = _beside([o.centre[0] for o in scene.objects], scene.image.width)
+    if not pairs:
+        return None
+    first, second = (scene.objects[i] for i in _pick(pairs, rng))
+    holds = "left"
+    if rng.random() < 0.5:
+        first, second, holds = second, first, "right"
+    side = _pick(_SIDES, rng)
+    text, spans = _fill(_RELATION[0], " ".join(first.kind), side, " ".join(second.kind))
+    grounded = ((*spans[0], first.mask), (*spans[2], second.mask))
+    return _Turn(text, "yes" if side == holds else "no", spans[0], grounded)
+
+
+def scene_sample(scene: Scene, rng: np.random.Generator | None = None, config: SceneConfig | None = None) -> Sample:
+    """The training text of a scene: a sample of the schema whose user and assistant pairs are independent turns.
+
+    One caption; up to four existence questions, half of them about absent objects (one adversarial negative, one random
+    or popular); one question each of count, colour and left or right where the scene allows it. The turns are in random
+    order. Every phrase that names something visible is grounded: its span ends with the shape (or the plural counted).
+
+    Args:
+        scene: a scene of any split.
+        rng: chooses the text; by default a generator of the scene's own, so the text of a scene is always the same.
+        config: the config the scene was drawn with.
+    """
+    config = config or SceneConfig()
+    rng = rng or _generator(scene.split, scene.index, scene.seed, _TEXT)
+    negatives = _negatives(scene, config, rng)
+    modes = ("adversarial", _pick(("random", "popular"), rng), "random", "popular")
+    # The modes choose independently, and may choose the same kind.
+    absent = list(dict.fromkeys(negatives[mode] for mode in modes if mode in negatives))[:2]
+    present = [scene.objects[i].kind for i in rng.permutation(len(scene.objects))[:2]]
+    pairs = min(len(present), len(absent))
+    turns = [_caption_turn(scene, rng)]
+    turns += [_existence_turn(scene, kind, _pick(_EXISTENCE, rng)) for kind in present[:pairs] + absent[:pairs]]
+    turns.append(_count_turn(scene, _pick(_COUNT, rng), config, rng))
+    turns += [t for t in (_colour_turn(scene, _pick(_COLOUR, rng), rng), _relation_turn(scene, rng)) if t]
+
+    messages: list[Message] = []
+    groundings: list[Grounding] = []
+    # An object is named in several turns; its mask is encoded once. The turns keep the arrays, and so their ids, alive.
+    encoded: dict[int, MaskRLE] = {}
+    for number in rng.permutation(len(turns)):
+        turn = turns[number]
+        pair = (user_message(turn.question, images=0 if messages else 1), assistant_message(turn.answer))
+        for message, spans in zip(pair, (turn.in_question, turn.in_answer), strict=True):
+            for start, end, mask in spans:
+                if id(mask) not in encoded:
+                    encoded[id(mask)] = encode_mask(mask)
+                groundings.append(grounding(len(messages), start, end, 0, encoded[id(mask)]))
+            messages.append(message)
+    return {"id": scene.id, "images": [scene.image], "messages": messages, "groundings": groundings}
+
+
+def scene_questions(scene: Scene, config: SceneConfig | None = None) -> tuple[Question, ...]:
+    """The evaluation questions of a scene, always the same ones for the same scene.
+
+    Existence: in each of POPE's modes one object that is there and one that is not. The random negative is uniform; the
+    popular one is among the three most frequent in training of those absent; the adversarial one has the colour of one
+    object and the shape of another. Where a tiny palette leaves no such kind, it shares colour or shape with an object,
+    and where even that is not to be had it is any absent kind; with nothing absent a mode asks nothing, so that yes and
+    no stay balanced. Then one question each of count, colour and left or right where the scene allows it.
+    """
+    config = config or SceneConfig()
+    rng = _generator(scene.split, scene.index, scene.seed, _QUESTIONS)
+    questions: list[Question] = []
+
+    def ask(turn: _Turn, name: str, kind: str, mode: str | None = None) -> None:
+        start, end, mask = turn.in_question[0] if turn.in_question else (*turn.about, None)
+        rle = None if mask is None else encode_mask(mask)
+        questions.append(
+            Question(f"{scene.id}/{name}", scene.id, turn.question, turn.answer, kind, mode, (start, end), rle)
+        )
+
+    negatives = _negatives(scene, config, rng)
+    present = [scene.objects[i].kind for i in rng.permutation(len(scene.objects))]
+    for number, mode in enumerate(mode for mode in MODES if mode in negatives):
+        for answer, kind in (("yes", present[number % len(present)]), ("no", negatives[mode])):
+            ask(_existence_turn(scene, kind, _EXISTENCE[0]), f"{mode}-{answer}", "existence", mode)
+    ask(_count_turn(scene, _COUNT[0], config, rng), "count", "count")
+    if turn := _colour_turn(scene, _COLOUR[0], rng):
+        ask(turn, "colour", "colour")
+    if turn := _relation_turn(scene, rng):
+        ask(turn, "relation", "relation")
+    return tuple(questions)
+
+
+def scene_texts(config: SceneConfig | None = None) -> Iterator[str]:
+    """Texts that together hold every word scenes of this config can say: what a closed vocabulary is built from."""
+    config = config or SceneConfig()
+    shapes, objects = [*config.shapes, *map(_plural, config.shapes)], [f"{colour} objects" for colour in config.colours]
+    yield from _CAPTION_PROMPTS
+    yield from (_fill(template, "")[0] for template in (*_EXISTENCE, *_COUNT, *_COLOUR))
+    yield from (_fill(template, "", side, "")[0] for template in _RELATION for side in _SIDES)
+    yield from (*shapes, *objects, *SIZES, *NUMBER_WORDS, "yes", "no", "a, and")
+
+
+# Datasets -----------------------------------------------------------------------------------------------------------
+
+
+class ScenesDataset(torch.utils.data.Dataset[Sample]):
+    """Training samples of the first `length` scenes of a split, drawn when first asked for and then kept in memory.
+
+    Item i is always the same picture with the same text (`scene_sample`), so what is made of it may be cached by i.
+
+    Raises:
+        ValueError: an unknown split, or a length below 1.
+    """
+
+    def __init__(self, split: Split, length: int, seed: int = 0, config: SceneConfig | None = None) -> None:
+        _generator(split, 0, seed, _PIXELS)
+        if length < 1:
+            raise ValueError(f"length is {length}, expected at least 1.")
+        self.split, self.length, self.seed, self.config = split, length, seed, config or SceneConfig()
+        self._samples: dict[int, Sample] = {}
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Sample:
+        index = _position(index, self.length)
+        if index not in self._samples:
+            scene = draw_scene(self.split, index, self.config, self.seed)
+            self._samples[index] = scene_sample(scene, config=self.config)
+        return self._samples[index]
+
+
+class IconsDataset(torch.utils.data.Dataset[dict[str, Any]]):
+    """One object per picture, with its kind as the label: warms up a vision encoder without any mask.
+
+    Items are {"image": PIL RGB, "label": int}; `class_names[label]` is "<colour> <shape>". `jitter` is how far the
+    object may be from the middle, as a share of the room there is: 0 is centred, 1 anywhere. `side` is that of the picture
+    in pixels, the scenes' own by default; objects keep the size they have in scenes, so a smaller one is mostly object
+    and cheaper to learn from. Icons are drawn on every access and not kept.
+
+    Raises:
+        ValueError: an unknown split, a length below 1, a jitter outside 0 to 1, or a side that is too small for an object.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        seed: int = 0,
+        split: Split = "train",
+        config: SceneConfig | None = None,
+        jitter: float = 1.0,
+        side: int | None = None,
+    ) -> None:
+        _generator(split, 0, seed, _ICONS)
+        if length < 1:
+            raise ValueError(f"length is {length}, expected at least 1.")
+        if not 0 <= jitter <= 1:
+            raise ValueError(f"jitter is {jitter}, expected a share from 0 to 1.")
+        self.split, self.length, self.seed, self.config = split, length, seed, config or SceneConfig()
+        self.jitter = jitter
+        self.side = side or self.config.size
+        if 2 * self.side < self.config.size:
+            raise ValueError(f"side is {side}, expected at least {-(-self.config.size // 2)}, half of a scene's.")
+        self.class_names = tuple(" ".join(kind) for kind in self.config.kinds)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rng = _generator(self.split, _position(index, self.length), self.seed, _ICONS)
+        label = int(rng.integers(len(self.config.kinds)))
+        colour, shape = self.config.kinds[label]
+        coverage = _coverage(shape, _pick(SIZES, rng), self.config, rng)
+        room = [(self.side - extent) / 2 for extent in coverage.shape[::-1]]
+        x, y = (round(free * (1 + self.jitter * rng.uniform(-1, 1))) for free in room)
+        canvas = _background(self.side, rng)
+        _paint(canvas, coverage, (x, y), colour, rng)
+        return {"image": _develop(canvas, self.config, rng), "label": label}
+
+
+def _position(index: int, length: int) -> int:
+    if not -length <= index < length:
+        raise IndexError(f"index is {index}, expected one below {length}.")
+    return int(index) % length
+
+
+def scene_items(split: Split, n: int, seed: int = 0, config: SceneConfig | None = None) -> list[EvaluationItem]:
+    """The first `n` scenes of a split with their evaluation questions."""
+    scenes = (draw_scene(split, index, config, seed) for index in range(n))
+    return [EvaluationItem(scene.id, scene.image, scene_questions(scene, config)) for scene in scenes]
+
+
+def to_dataset(split: Split, n: int, seed: int = 0, config: SceneConfig | None = None) -> datasets.Dataset:
+    """The first `n` training samples of a split as a `datasets.Dataset` with the features of the schema."""
+    from datasets import Dataset
+
+    samples = ScenesDataset(split, n, seed, config)
+    return Dataset.from_list([samples[i] for i in range(n)], features=FEATURES)

@@ -1,0 +1,145 @@
+"""The one schema of all training data: images, a chat, and the phrases of the chat that have a mask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from datasets import Features, Image, Value
+from PIL import Image as PILImage
+
+from .masks import MaskRLE, encode_mask, mask_size
+
+
+ROLES = ("system", "user", "assistant")
+
+Message = dict[str, Any]
+Grounding = dict[str, Any]
+Sample = dict[str, Any]
+
+FEATURES = Features(
+    {
+        "id": Value("string"),
+        "images": [Image()],
+        "messages": [{"role": Value("string"), "content": [{"type": Value("string"), "text": Value("string")}]}],
+        "groundings": [
+            {
+                "message": Value("int32"),
+                "start": Value("int32"),
+                "end": Value("int32"),
+                "image": Value("int32"),
+                "mask": {"size": [Value("int32")], "counts": Value("string")},
+            }
+        ],
+    }
+)
+"""Arrow types of a sample. `start` and `end` (exclusive) count characters of the message's text, see `message_text`; a
+mask is a compressed COCO RLE at the resolution of its source image."""
+
+
+def user_message(text: str, images: int = 0) -> Message:
+    """A user turn: `images` image parts, then the text."""
+    parts = [{"type": "image", "text": None} for _ in range(images)]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+
+
+def assistant_message(text: str) -> Message:
+    """An assistant turn of plain text."""
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
+def message_text(message: Message) -> str:
+    """The text parts of a message, concatenated: what the character spans of groundings count in."""
+    content = message["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] or "" for part in content if part["type"] == "text")
+
+
+def grounding(message: int, start: int, end: int, image: int, mask: np.ndarray | MaskRLE) -> Grounding:
+    """Tie characters [start, end) of message number `message` to a mask on image number `image`.
+
+    `mask` is an RLE, or a boolean array of shape (height, width) that is encoded here.
+    """
+    rle = encode_mask(mask) if isinstance(mask, np.ndarray) else mask
+    return {"message": message, "start": start, "end": end, "image": image, "mask": rle}
+
+
+def validate_sample(sample: Sample) -> None:
+    """Check that a sample follows the schema.
+
+    Raises:
+        ValueError: what is wrong, in one sentence that starts with the sample's id.
+    """
+    name = f"sample {sample.get('id')!r}" if isinstance(sample, dict) else "sample"
+    if not isinstance(sample, dict):
+        raise ValueError(f"{name} is a {type(sample).__name__}, expected a dict with the keys {sorted(FEATURES)}.")
+    missing = sorted(set(FEATURES) - set(sample))
+    if missing:
+        raise ValueError(f"{name} lacks the keys {missing}, expected {sorted(FEATURES)}.")
+    if not isinstance(sample["id"], str):
+        raise ValueError(f"{name} has an id of type {type(sample['id']).__name__}, expected text.")
+    for number, image in enumerate(sample["images"]):
+        if not isinstance(image, PILImage.Image):
+            raise ValueError(f"{name}: images[{number}] is a {type(image).__name__}, expected a PIL image.")
+    _validate_messages(name, sample)
+    for number, item in enumerate(sample["groundings"]):
+        _validate_grounding(f"{name}: groundings[{number}]", item, sample)
+
+
+def _validate_messages(name: str, sample: Sample) -> None:
+    if not sample["messages"]:
+        raise ValueError(f"{name} has no messages, expected at least one.")
+    image_parts = 0
+    for number, message in enumerate(sample["messages"]):
+        if message.get("role") not in ROLES:
+            role = message.get("role")
+            raise ValueError(f"{name}: messages[{number}] has the role {role!r}, expected one of {ROLES}.")
+        content = message.get("content")
+        if not isinstance(content, (list, tuple)):
+            raise ValueError(
+                f"{name}: messages[{number}] has content of type {type(content).__name__}, "
+                "expected a list of image and text parts."
+            )
+        for part in content:
+            kind = part.get("type")
+            if kind not in ("image", "text"):
+                raise ValueError(f"{name}: messages[{number}] has a part of type {kind!r}, expected 'image' or 'text'.")
+            if kind == "text" and not isinstance(part.get("text"), str):
+                raise ValueError(f"{name}: messages[{number}] has a text part whose text is {part.get('text')!r}.")
+            image_parts += kind == "image"
+    if image_parts != len(sample["images"]):
+        raise ValueError(f"{name} has {len(sample['images'])} images but {image_parts} image parts in its messages.")
+
+
+def _validate_grounding(name: str, item: Grounding, sample: Sample) -> None:
+    missing = sorted({"message", "start", "end", "image", "mask"} - set(item))
+    if missing:
+        raise ValueError(f"{name} lacks the keys {missing}.")
+    messages, images = sample["messages"], sample["images"]
+    if not 0 <= item["message"] < len(messages):
+        raise ValueError(f"{name} points at message {item['message']}, expected 0 to {len(messages) - 1}.")
+    if not 0 <= item["image"] < len(images):
+        raise ValueError(f"{name} points at image {item['image']}, but the sample has {len(images)} images.")
+    length = len(message_text(messages[item["message"]]))
+    if not 0 <= item["start"] < item["end"] <= length:
+        raise ValueError(
+            f"{name} has the character span [{item['start']}, {item['end']}), expected a non-empty span inside "
+            f"message {item['message']}, which has {length} characters."
+        )
+    try:
+        height, width = mask_size(item["mask"])
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    image_width, image_height = upright_size(images[item["image"]])
+    if (height, width) != (image_height, image_width):
+        raise ValueError(
+            f"{name} has a mask of {width} x {height} pixels, expected {image_width} x {image_height}, "
+            f"the size of image {item['image']}."
+        )
+
+
+def upright_size(image: PILImage.Image) -> tuple[int, int]:
+    """Width and height in pixels with the EXIF orientation applied, as datasets and the processor read the image."""
+    quarter_turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    return image.size[::-1] if quarter_turned else image.size

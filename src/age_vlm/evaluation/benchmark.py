@@ -1,0 +1,62 @@
+"""The figures of a model on evaluation pictures, as one table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ..data.questions import MODES, EvaluationItem
+from ..training.alignment import AlignmentConfig, chosen_heads
+from .answers import generate_answers, yes_scores
+from .grounding import phrase_attention
+from .metrics import accuracy_by_kind, macro_auc
+from .pope import join_answers, score
+
+
+def split_items(items: Sequence[EvaluationItem], wanted) -> list[EvaluationItem]:
+    """The pictures that have questions for which `wanted(question)` holds, with those questions only."""
+    parts = (replace(item, questions=tuple(filter(wanted, item.questions))) for item in items)
+    return [item for item in parts if item.questions]
+
+
+def answer_metrics(model, processor, items: Sequence[EvaluationItem], *, scorer: str = "official") -> tuple[dict, dict]:
+    """Figures of the generated answers, and the answers by question id.
+
+    Returns:
+        `pope/<mode>/{accuracy, f1, yes_ratio}` with POPE's own scorer, and `{count, colour, relation}/accuracy`, exact
+        match.
+    """
+    asked = split_items(items, lambda question: question.kind != "existence" or question.mode is not None)
+    answers = generate_answers(model, processor, asked)
+    questions = [question for item in asked for question in item.questions]
+    metrics = {}
+    existence = [question for question in questions if question.kind == "existence"]
+    if existence:
+        scores = score(join_answers(existence, {q.id: answers[q.id] for q in existence}), scorer=scorer)
+        for mode in MODES:
+            if mode in scores["splits"]:
+                for name in ("accuracy", "f1", "yes_ratio"):
+                    metrics[f"pope/{mode}/{name}"] = scores["splits"][mode][name]
+    others = [question for question in questions if question.kind != "existence"]
+    by_kind = accuracy_by_kind(others, answers) if others else {}
+    return metrics | {f"{kind}/accuracy": value for kind, value in by_kind.items()}, answers
+
+
+def presence_auc(model, processor, items: Sequence[EvaluationItem]) -> float:
+    """Macro AUC of presence, from logit(yes) - logit(no) of the existence questions that have no POPE mode: the mean over
+    the things asked about of how well their presence is told from their absence."""
+    asked = split_items(items, lambda question: question.kind == "existence" and question.mode is None)
+    scores = yes_scores(model, processor, asked)
+    questions = [question for item in asked for question in item.questions]
+    names = [question.text[slice(*question.phrase)] for question in questions]
+    return macro_auc([scores[q.id] for q in questions], [q.answer == "yes" for q in questions], names)
+
+
+def grounding_metrics(
+    model, processor, items: Sequence[EvaluationItem], grid: tuple[int, int], alignment: AlignmentConfig
+) -> dict[str, float]:
+    """`attention_mass` inside the mask and `pointing_accuracy` of the blocks and heads that the alignment is about."""
+    phrases = phrase_attention(model, processor, items, grid)
+    heads = chosen_heads(alignment.heads, phrases.attention.shape[2])
+    mass, hits = phrases.scores(alignment.layers, heads)
+    return {"attention_mass": float(mass.mean()), "pointing_accuracy": float(hits.mean())}

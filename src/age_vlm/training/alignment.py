@@ -1,0 +1,123 @@
+"""The alignment loss: how far the cross-attention of a phrase is from the mask of what the phrase names.
+
+The paper (arXiv 2511.17793) distils masks of the Segment Anything Model into cross-attention; its equations are not
+known to us, so every form here is an option. Which one is the default was measured (docs/results.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+import torch
+from torch import Tensor
+
+
+EPSILON = 1e-6
+
+
+def nll(attention: Tensor, coverage: Tensor) -> Tensor:
+    """Negative log of the attention mass inside the mask."""
+    return -((attention * coverage).sum(-1) + EPSILON).log()
+
+
+def kl(attention: Tensor, coverage: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of the attention from the normalised mask: also asks to cover the object evenly."""
+    target = coverage / coverage.sum(-1, keepdim=True)
+    return (target * ((target + EPSILON).log() - (attention + EPSILON).log())).sum(-1)
+
+
+def bce(attention: Tensor, coverage: Tensor) -> Tensor:
+    """Binary cross-entropy, token by token, of the attention scaled to what an even spread over the mask would give."""
+    probability = (attention * coverage.sum(-1, keepdim=True)).clamp(EPSILON, 1 - EPSILON)
+    return -(coverage * probability.log() + (1 - coverage) * (1 - probability).log()).mean(-1)
+
+
+def dice(attention: Tensor, coverage: Tensor) -> Tensor:
+    """One minus the soft Dice overlap of the attention, scaled likewise, with the mask."""
+    area = coverage.sum(-1, keepdim=True)
+    probability = attention * area
+    return 1 - 2 * (probability * coverage).sum(-1) / (
+        probability.square().sum(-1) + coverage.square().sum(-1) + EPSILON
+    )
+
+
+FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"nll": nll, "kl": kl, "bce": bce, "dice": dice}
+
+
+@dataclass
+class AlignmentConfig:
+    """
+    Attributes:
+        form: `nll`, `kl`, `bce` or `dice`.
+        weight: of the alignment loss beside the language modelling loss; 0 turns it off.
+        layers: cross-attention blocks that are aligned, counted from 0 among the blocks.
+        heads: heads that are aligned: `half` (the first half: the others stay free to look elsewhere), `all`, or a list.
+
+    Raises:
+        ValueError: one sentence, for an unknown form or a negative weight.
+    """
+
+    form: str = "nll"
+    weight: float = 0.2
+    layers: Sequence[int] = (0,)
+    heads: str | Sequence[int] = "half"
+
+    def __post_init__(self):
+        if self.form not in FORMS:
+            nearest = get_close_matches(str(self.form), FORMS, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"alignment.form: got '{self.form}', expected one of {', '.join(FORMS)} (nearest: '{nearest}')."
+            )
+        if self.weight < 0:
+            raise ValueError(f"alignment.weight: got {self.weight}, expected 0 or more.")
+        if isinstance(self.heads, str) and self.heads not in ("half", "all"):
+            raise ValueError(f"alignment.heads: got '{self.heads}', expected 'half', 'all' or a list of heads.")
+        if not self.layers:
+            raise ValueError("alignment.layers: got an empty list, expected at least one cross-attention block.")
+
+
+def picture_attention(maps: Sequence[Tensor], slots: Tensor, tokens: int, layers: Sequence[int]) -> Tensor:
+    """Attention of each grounded row on its own picture.
+
+    Args:
+        maps: one (groundings, heads, pictures x tokens) a cross-attention block.
+        slots: (groundings,) which picture of its row.
+        tokens: image tokens of one picture.
+
+    Returns:
+        (groundings, layers, heads, tokens).
+
+    Raises:
+        ValueError: for a block that the model does not have, or a number of tokens that is not the model's.
+    """
+    wrong = [layer for layer in layers if not -len(maps) <= layer < len(maps)]
+    if wrong:
+        raise ValueError(
+            f"alignment.layers: got {wrong[0]}, expected 0 to {len(maps) - 1}: the model has {len(maps)} blocks."
+        )
+    if maps[0].shape[-1] % tokens:
+        raise ValueError(
+            f"grounding_coverage: got {tokens} image tokens a picture, expected a divisor of the model's {maps[0].shape[-1]}."
+        )
+    stacked = torch.stack([maps[layer] for layer in layers], dim=1).unflatten(-1, (-1, tokens))
+    return stacked[torch.arange(len(slots), device=slots.device), :, :, slots]
+
+
+def chosen_heads(heads: str | Sequence[int], total: int) -> list[int]:
+    """Head numbers that `AlignmentConfig.heads` means for a model with `total` heads."""
+    if heads == "all":
+        return list(range(total))
+    if heads == "half":
+        return list(range(max(1, total // 2)))
+    wrong = [head for head in heads if not 0 <= head < total]
+    if wrong:
+        raise ValueError(f"alignment.heads: got {wrong[0]}, expected 0 to {total - 1}.")
+    return list(heads)
+
+
+def alignment_losses(attention: Tensor, coverage: Tensor, config: AlignmentConfig) -> Tensor:
+    """(groundings, layers, heads, tokens), (groundings, tokens) -> (groundings,) mean over layers and chosen heads."""
+    attention = attention[:, :, chosen_heads(config.heads, attention.shape[2])]
+    return FORMS[config.form](attention, coverage[:, None, None]).mean((1, 2))

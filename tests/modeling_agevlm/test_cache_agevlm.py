@@ -1,0 +1,316 @@
+"""Caches and generation. Gates are open, weights large and rows ragged: otherwise a lost picture would go unseen."""
+
+import copy
+
+import pytest
+import torch
+import torch._dynamo
+from transformers import CompileConfig, DynamicCache, QuantizedCache, StaticCache
+from transformers.utils import is_hqq_available, is_optimum_quanto_available
+
+from age_vlm.modeling_agevlm.cache_agevlm import ImageCacheLayerMixin
+
+
+IMAGE_TOKEN_ID = 2
+NEW_TOKENS = 8
+GREEDY = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "pad_token_id": 6}
+
+
+def close(first, second):
+    scale = max(second.abs().max().item(), 1.0)
+    torch.testing.assert_close(first, second, atol=3e-4 * scale, rtol=0)
+
+
+@torch.no_grad()
+def step_by_step(model, batch, cache, steps):
+    """Logits (batch, steps, vocabulary) of `steps`, forced one by one behind the batch, with the cache that is left."""
+    inputs, mask, logits = dict(batch), batch["attention_mask"], []
+    for step in range(steps.shape[1]):
+        position_ids = (mask.cumsum(-1) - 1).clamp(min=0)[:, -inputs["input_ids"].shape[1] :]
+        outputs = model(
+            **{**inputs, "attention_mask": mask}, position_ids=position_ids, past_key_values=cache, use_cache=True
+        )
+        logits.append(outputs.logits[:, -1])
+        inputs = {"input_ids": steps[:, step : step + 1]}
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+    return torch.stack(logits, dim=1), cache
+
+
+@torch.no_grad()
+def at_once(model, batch, steps):
+    """The same without a cache."""
+    ids = torch.cat([batch["input_ids"], steps[:, :-1]], dim=1)
+    mask = torch.cat([batch["attention_mask"], torch.ones_like(steps[:, :-1])], dim=1)
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+    pixels = batch.get("pixel_values")
+    logits = model(ids, pixels, attention_mask=mask, position_ids=position_ids, use_cache=False).logits
+    return logits[:, -steps.shape[1] :]
+
+
+@pytest.fixture
+def steps():
+    return torch.randint(7, 300, (3, 5), generator=torch.Generator().manual_seed(5))
+
+
+def caches(model):
+    return {
+        "dynamic": DynamicCache(config=model.config.text_config),
+        "static": StaticCache(config=model.config.text_config, max_cache_len=40),
+    }
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("visibility", ["latest", "all_previous"])
+@pytest.mark.parametrize("images", [(2, 0, 1), (0, 0, 0), (0, 3, 1)])
+def test_cached_is_uncached(make_model, make_batch, steps, kind, visibility, images):
+    model = make_model(image_visibility=visibility)
+    batch = make_batch(images)
+    cached, cache = step_by_step(model, batch, caches(model)[kind], steps)
+    close(cached, at_once(model, batch, steps))
+    # Pictures live on the layers that cross-attend, and the cache keeps its length.
+    assert len(cache.layers) == model.config.text_config.num_hidden_layers
+    holders = [index for index, layer in enumerate(cache.layers) if getattr(layer, "image_keys", None) is not None]
+    assert holders == (model.config.cross_attention_layers if sum(images) else [])
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param(
+            "quanto", marks=pytest.mark.skipif(not is_optimum_quanto_available(), reason="needs optimum-quanto")
+        ),
+        pytest.param("hqq", marks=pytest.mark.skipif(not is_hqq_available(), reason="needs hqq")),
+    ],
+)
+def test_cached_is_uncached_quantised(model, make_batch, steps, backend):
+    batch = make_batch((2, 0, 1))
+    cache = QuantizedCache(backend, model.config.text_config, nbits=8, q_group_size=8, residual_length=64)
+    cached, _ = step_by_step(model, batch, cache, steps)
+    torch.testing.assert_close(cached, at_once(model, batch, steps), atol=0.5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_reordering_moves_pictures_with_their_rows(make_model, make_batch, steps, kind):
+    model = make_model()
+    batch = make_batch((2, 0, 1))
+    order = torch.tensor([2, 0, 0])
+    _, cache = step_by_step(model, batch, caches(model)[kind], steps[:, :2])
+    cache.reorder_cache(order)
+    mask = torch.cat([batch["attention_mask"], torch.ones(3, 2, dtype=torch.long)], dim=1)[order]
+    position_ids = mask.sum(-1, keepdim=True) - 1
+    with torch.no_grad():
+        # One token of `steps[:, :2]` is in the cache already.
+        got = model(steps[order, 1:2], attention_mask=mask, position_ids=position_ids, past_key_values=cache).logits
+    # What each row says alone at this step, in the new order.
+    expected = at_once(model, batch, steps[:, :3])[order, 2:3]
+    close(got, expected)
+
+
+def test_repeating_and_selecting_rows(model, make_batch, steps):
+    batch = make_batch((2, 0, 1))
+    expected = at_once(model, batch, steps[:, :2])[:, 1]
+    for change, rows in (
+        (lambda cache: cache.batch_repeat_interleave(2), torch.tensor([0, 0, 1, 1, 2, 2])),
+        (lambda cache: cache.batch_select_indices(torch.tensor([2, 1])), torch.tensor([2, 1])),
+    ):
+        _, cache = step_by_step(model, batch, DynamicCache(config=model.config.text_config), steps[:, :1])
+        change(cache)
+        mask = torch.cat([batch["attention_mask"], torch.ones(3, 1, dtype=torch.long)], dim=1)[rows]
+        with torch.no_grad():
+            got = model(
+                steps[rows, :1], attention_mask=mask, position_ids=mask.sum(-1, keepdim=True) - 1, past_key_values=cache
+            ).logits[:, -1]
+        close(got, expected[rows])
+
+
+def test_cropping_text_keeps_the_picture_before_it(model, make_batch, steps):
+    batch = make_batch((2, 0, 1))
+    _, cache = step_by_step(model, batch, DynamicCache(config=model.config.text_config), steps)
+    cache.crop(-3)
+    mask = torch.cat([batch["attention_mask"], torch.ones(3, 2, dtype=torch.long)], dim=1)
+    with torch.no_grad():
+        got = model(
+            steps[:, 1:2], attention_mask=mask, position_ids=mask.sum(-1, keepdim=True) - 1, past_key_values=cache
+        ).logits[:, -1]
+    close(got, at_once(model, batch, steps[:, :3])[:, 2])
+
+
+@pytest.mark.parametrize("visibility", ["latest", "all_previous"])
+def test_cropping_a_picture_away_forgets_it(make_model, visibility):
+    model = make_model(image_visibility=visibility)
+    ids = torch.tensor([[9, IMAGE_TOKEN_ID, 20, IMAGE_TOKEN_ID, 21]])
+    pixels = torch.randn(2, 3, 32, 32)
+    cache = DynamicCache(config=model.config.text_config)
+    with torch.no_grad():
+        model(ids, pixels, past_key_values=cache)
+        cache.crop(-2)
+        close(
+            model(torch.tensor([[30, 31]]), past_key_values=cache).logits,
+            model(torch.tensor([[9, IMAGE_TOKEN_ID, 20, 30, 31]]), pixels[:1]).logits[:, -2:],
+        )
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("visibility", ["latest", "all_previous"])
+@torch.no_grad()
+def test_a_second_picture_in_a_later_turn(make_model, kind, visibility):
+    model = make_model(image_visibility=visibility)
+    # Of the second row's two turns, only the later has a picture.
+    first = torch.tensor([[9, IMAGE_TOKEN_ID, 20, 21], [22, 23, 24, 25]])
+    second = torch.tensor([[IMAGE_TOKEN_ID, 26, 27], [28, IMAGE_TOKEN_ID, 29]])
+    third = torch.tensor([[30, 31], [32, 33]])
+    pixels = torch.randn(3, 3, 32, 32)
+    cache = caches(model)[kind]
+    turns = [
+        model(first, pixels[:1], past_key_values=cache).logits,
+        model(second, pixels[1:], past_key_values=cache).logits,
+        model(third, past_key_values=cache).logits,
+    ]
+    close(torch.cat(turns, dim=1), model(torch.cat([first, second, third], dim=1), pixels, use_cache=False).logits)
+
+
+@torch.no_grad()
+def test_a_reset_cache_is_a_new_one(model, make_batch, steps):
+    cache = StaticCache(config=model.config.text_config, max_cache_len=40)
+    step_by_step(model, make_batch((1, 2, 2), seed=9), cache, steps)
+    cache.reset()
+    batch = make_batch((2, 0, 1))
+    close(step_by_step(model, batch, cache, steps)[0], at_once(model, batch, steps))
+
+
+@torch.no_grad()
+def test_cache_layers_can_be_copied_and_named(model, make_batch):
+    cache = model(**make_batch((1,)), use_cache=True).past_key_values
+    twin = copy.deepcopy(cache)
+    for layer, other in zip(cache.layers, twin.layers):
+        assert type(other) is type(layer)
+        if isinstance(layer, ImageCacheLayerMixin):
+            assert torch.equal(layer.image_keys, other.image_keys) and layer.image_keys is not other.image_keys
+            module = __import__(type(layer).__module__, fromlist=["x"])
+            assert getattr(module, type(layer).__name__) is type(layer)
+
+
+# Decoding
+
+
+def generated(model, batch, **settings):
+    torch.manual_seed(0)
+    out = model.generate(**batch, **{**GREEDY, **settings})
+    return out[:, batch["input_ids"].shape[1] :] if "input_ids" in batch else out
+
+
+@pytest.fixture(scope="module")
+def reference(model, make_batch):
+    """Greedy decoding without any cache, of a ragged batch."""
+    batch = make_batch((2, 0, 1))
+    return batch, generated(model, batch, use_cache=False)
+
+
+def test_greedy_looks_at_the_picture(model, reference):
+    batch, expected = reference
+    other = generated(model, {**batch, "pixel_values": batch["pixel_values"].flip(0, -1)})
+    assert not torch.equal(other[0], expected[0]) and not torch.equal(other[2], expected[2])
+    assert torch.equal(other[1], expected[1])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"cache_implementation": "static", "disable_compile": True},
+    ],
+    ids=str,
+)
+def test_every_cache_decodes_the_same(model, reference, settings):
+    batch, expected = reference
+    assert torch.equal(generated(model, batch, **settings), expected)
+
+
+def test_a_row_alone_decodes_the_same(model, reference, row_alone):
+    batch, expected = reference
+    for row in range(3):
+        assert torch.equal(generated(model, row_alone(batch, row))[0], expected[row])
+
+
+@pytest.mark.parametrize("settings", [{"prompt_lookup_num_tokens": 2}, {"assistant": True}], ids=str)
+def test_speculation_decodes_the_same(model, make_model, reference, row_alone, settings):
+    batch, expected = reference
+    if settings.pop("assistant", False):
+        # Another model with the same vocabulary: its guesses are often wrong, so the cache is cropped often.
+        settings = {"assistant_model": make_model(seed=1)}
+    for row in range(3):
+        assert torch.equal(generated(model, row_alone(batch, row), **settings)[0], expected[row])
+
+
+def test_beams_of_a_row_alone_are_those_in_the_batch(model, reference, row_alone):
+    batch, greedy = reference
+    settings = {"num_beams": 3, "length_penalty": 0.0}
+    together = generated(model, batch, **settings)
+    uncached = generated(model, batch, use_cache=False, **settings)
+    assert torch.equal(together, uncached)
+    assert not torch.equal(together, greedy)
+    for row in range(3):
+        assert torch.equal(generated(model, row_alone(batch, row), **settings)[0], together[row])
+
+
+def test_several_samples_of_a_row_see_its_own_pictures(model, reference):
+    batch, _ = reference
+    settings = {"do_sample": True, "num_return_sequences": 2, "top_k": 5}
+    assert torch.equal(generated(model, batch, **settings), generated(model, batch, use_cache=False, **settings))
+
+
+def test_generation_from_embeddings(model, reference):
+    batch, expected = reference
+    embeddings = model.get_input_embeddings()(batch["input_ids"])
+    inputs = {key: value for key, value in batch.items() if key != "input_ids"}
+    assert torch.equal(generated(model, {**inputs, "inputs_embeds": embeddings}), expected)
+    beams = generated(model, {**inputs, "inputs_embeds": embeddings}, num_beams=2)
+    assert torch.equal(beams, generated(model, batch, num_beams=2))
+
+
+def test_generation_with_a_shared_picture(model, make_batch):
+    batch = make_batch((1, 1))
+    shared = {**batch, "pixel_values": batch["pixel_values"][:1], "image_indices": torch.tensor([0, 0])}
+    copies = {**batch, "pixel_values": batch["pixel_values"][[0, 0]]}
+    assert torch.equal(generated(model, shared), generated(model, copies))
+    assert torch.equal(generated(model, shared, num_beams=2), generated(model, copies, num_beams=2))
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["all pictures again", "only the new picture"])
+def test_a_continued_chat_with_a_second_picture(model, again):
+    first = torch.tensor([[9, IMAGE_TOKEN_ID, 20, 21]])
+    pixels = torch.randn(2, 3, 32, 32)
+    cache = DynamicCache(config=model.config.text_config)
+    answer = model.generate(first, pixel_values=pixels[:1], past_key_values=cache, **GREEDY)
+    turn = torch.cat([answer, torch.tensor([[40, IMAGE_TOKEN_ID, 41]])], dim=1)
+    continued = model.generate(turn, pixel_values=pixels if again else pixels[1:], past_key_values=cache, **GREEDY)
+    assert torch.equal(continued, model.generate(turn, pixel_values=pixels, use_cache=False, **GREEDY))
+
+
+def test_an_answer_never_holds_a_picture(make_model, make_batch):
+    model, batch = make_model(text={"tie_word_embeddings": False}), make_batch((1, 0))
+    with torch.no_grad():
+        hidden = model.model(**batch).last_hidden_state[0, -1]
+        model.lm_head.weight[IMAGE_TOKEN_ID] = 10 * hidden
+    assert model.generation_config.suppress_tokens == [IMAGE_TOKEN_ID]
+    assert (generated(model, batch, suppress_tokens=None) == IMAGE_TOKEN_ID).any()
+    assert not (generated(model, batch) == IMAGE_TOKEN_ID).any()
+
+
+def test_chunked_prefill_is_refused_with_pictures_and_right_without(model, make_batch):
+    with pytest.raises(ValueError, match="prefill_chunk_size: got 4 with pictures, expected None"):
+        generated(model, make_batch((1, 1)), prefill_chunk_size=4)
+    batch = make_batch((0, 0))
+    assert torch.equal(generated(model, batch, prefill_chunk_size=4), generated(model, batch))
+
+
+def test_decoding_compiles_once_without_a_break(make_model, reference):
+    batch, expected = reference
+    torch._dynamo.reset()
+    # `eager` as the compiler's backend: what is tested is the graph, not the code made from it.
+    settings = CompileConfig(fullgraph=True, backend="eager", mode=None, dynamic=False)
+    settings._compile_all_devices = True  # transformers compiles on accelerators alone
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = generated(make_model(), batch, cache_implementation="static", compile_config=settings)
+    assert torch.equal(compiled, expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0

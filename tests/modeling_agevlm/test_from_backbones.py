@@ -1,0 +1,234 @@
+"""`from_backbones` on folders that hold a random Llama and a random vision encoder."""
+
+import json
+
+import pytest
+import timm
+import torch
+from transformers import (
+    AutoModel,
+    ConvNextConfig,
+    ConvNextModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    TimmWrapperConfig,
+    TimmWrapperModel,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
+)
+
+from age_vlm import AgeVlmForConditionalGeneration, AgeVlmProcessor
+
+
+TEXT = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": 0,
+    "eos_token_id": [5, 1],
+}
+TRANSFORMER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+CONVNEXT = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def llama(request, tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(1)
+    LlamaForCausalLM(LlamaConfig(**TEXT, tie_word_embeddings=request.param)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def timm_wrapper(folder):
+    config = TimmWrapperConfig.from_dict({"architecture": "convnext_atto", "num_classes": 0, "model_args": CONVNEXT})
+    TimmWrapperModel(config).save_pretrained(folder)
+
+
+def timm_hub_format(folder):
+    model = timm.create_model("convnext_atto", num_classes=10, **CONVNEXT)
+    timm.models.save_for_hf(model, folder, model_args=CONVNEXT)
+
+
+def timm_transformer(folder):
+    arguments = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 64}
+    config = TimmWrapperConfig.from_dict(
+        {"architecture": "vit_tiny_patch16_224", "num_classes": 0, "model_args": arguments}
+    )
+    TimmWrapperModel(config).save_pretrained(folder)
+
+
+def vit(folder):
+    ViTModel(ViTConfig(**TRANSFORMER, image_size=64, patch_size=16)).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 64, "width": 64}, image_mean=[0.1, 0.2, 0.3]).save_pretrained(folder)
+
+
+def siglip_vision(folder):
+    SiglipVisionModel(SiglipVisionConfig(**TRANSFORMER, image_size=64, patch_size=16)).save_pretrained(folder)
+
+
+def siglip(folder):
+    config = SiglipConfig(
+        text_config={**TRANSFORMER, "vocab_size": 99, "projection_size": 32},
+        vision_config={**TRANSFORMER, "image_size": 64, "patch_size": 16},
+    )
+    SiglipModel(config).save_pretrained(folder)
+
+
+def convnext(folder):
+    ConvNextModel(ConvNextConfig(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1])).save_pretrained(folder)
+
+
+def source_weights(folder):
+    if "model_type" not in json.loads((folder / "config.json").read_text()):
+        weights = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).state_dict()
+        return {f"timm_model.{name}": value for name, value in weights.items()}
+    source = AutoModel.from_pretrained(folder)
+    return getattr(source, "vision_model", source).state_dict()
+
+
+@pytest.fixture(params=[timm_wrapper, timm_hub_format, timm_transformer, vit, siglip_vision, siglip, convnext])
+def encoder(request, tmp_path):
+    torch.manual_seed(2)
+    request.param(tmp_path / "vision")
+    return tmp_path / "vision"
+
+
+@torch.no_grad()
+def test_text_is_the_llama_s_exactly_and_vision_weights_are_unchanged(llama, encoder, tmp_path):
+    model = AgeVlmForConditionalGeneration.from_backbones(text=llama, vision=encoder)
+    reference = LlamaForCausalLM.from_pretrained(llama).eval()
+    ids = torch.randint(7, 300, (2, 9))
+    assert torch.equal(model(ids).logits, reference(ids).logits)
+
+    pixels = torch.randn(2, 3, 64, 64)
+    image_ids = ids.clone()
+    image_ids[:, 2] = model.config.image_token_id
+    assert torch.equal(model(image_ids, pixels).logits, reference(image_ids).logits), "gates start closed"
+
+    source = source_weights(encoder)
+    tower = model.model.vision_tower.state_dict()
+    assert tower and all(torch.equal(tower[name], source[name]) for name in tower)
+
+    features = model.get_image_features(pixels).pooler_output
+    assert features.shape[0] == 2 and features.shape[2] == 32
+    assert features.shape[1] in ((64 // 32) ** 2, (64 // 16) ** 2)
+
+    assert model.generation_config.eos_token_id == [5, 1]
+    assert model.generation_config.suppress_tokens == [model.config.image_token_id] == [2]
+    assert not model.training
+
+    model.save_pretrained(tmp_path / "saved")
+    loaded = AgeVlmForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    loaded.model.language_model.layers[2].cross_attention.attn_gate.weight.fill_(1)
+    model.model.language_model.layers[2].cross_attention.attn_gate.weight.fill_(1)
+    assert torch.equal(loaded(image_ids, pixels).logits, model(image_ids, pixels).logits)
+    assert not torch.equal(loaded(image_ids, pixels).logits, reference(image_ids).logits)
+
+
+def test_every_parameter_of_any_encoder_trains(llama, encoder):
+    model = AgeVlmForConditionalGeneration.from_backbones(llama, encoder, cross_attention_gate_init=0.5).train()
+    ids = torch.tensor([[9, 2, 10, 11]])
+    model(ids, torch.randn(1, 3, 64, 64), labels=ids).loss.backward()
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+
+@pytest.mark.parametrize("size", [(64, 96), (32, 64)])
+@torch.no_grad()
+def test_grids_follow_pictures_that_are_not_square(llama, tmp_path, size):
+    for index, (save, stride) in enumerate(((timm_wrapper, 32), (convnext, 32))):
+        save(tmp_path / str(index))
+        model = AgeVlmForConditionalGeneration.from_backbones(llama, tmp_path / str(index))
+        features = model.get_image_features(torch.randn(1, 3, *size)).pooler_output
+        assert features.shape[1] == size[0] // stride * (size[1] // stride)
+
+
+def test_half_precision_is_kept(llama, tmp_path):
+    timm_wrapper(tmp_path)
+    model = AgeVlmForConditionalGeneration.from_backbones(llama, tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    reference = LlamaForCausalLM.from_pretrained(llama, dtype=torch.bfloat16)
+    ids = torch.randint(7, 300, (2, 9))
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, reference(ids).logits)
+
+
+def test_options_reach_the_configuration(llama, tmp_path):
+    timm_wrapper(tmp_path)
+    model = AgeVlmForConditionalGeneration.from_backbones(
+        llama, tmp_path, image_token_id=7, cross_attention_layers=[0], image_visibility="all_previous"
+    )
+    assert (model.config.image_token_id, model.config.cross_attention_layers) == (7, [0])
+    assert model.config.image_visibility == "all_previous"
+    with pytest.raises(ValueError, match=r"cross_attention_layer: .*'cross_attention_layers'"):
+        AgeVlmForConditionalGeneration.from_backbones(llama, tmp_path, cross_attention_layer=[0])
+
+
+def test_processor_goes_with_the_model(llama, encoder):
+    model = AgeVlmForConditionalGeneration.from_backbones(llama, encoder)
+    if not (encoder / "preprocessor_config.json").exists() and "timm" not in (encoder / "config.json").read_text():
+        (encoder / "preprocessor_config.json").write_text(
+            json.dumps({"image_processor_type": "ViTImageProcessor", "size": {"height": 64, "width": 64}})
+        )
+    processor = AgeVlmProcessor.from_backbones(llama, encoder, image_size=64)
+    assert processor.image_token_id == model.config.image_token_id
+    batch = processor(images=torch.zeros(3, 20, 30), text="<|reserved_special_token_0|>What?", return_tensors="pt")
+    assert batch["pixel_values"].shape == (1, 3, 64, 64)
+    model(**batch)
+    assert processor.image_geometry(20, 30).source_box == (0, 0, 30, 20), "the whole picture is seen"
+
+
+def test_processor_takes_the_encoder_s_own_statistics(llama, tmp_path):
+    vit(tmp_path / "vit")
+    processor = AgeVlmProcessor.from_backbones(llama, tmp_path / "vit")
+    assert list(processor.image_processor.image_mean) == [0.1, 0.2, 0.3]
+    assert processor.image_geometry(20, 30).size == (64, 64)
+    timm_hub_format(tmp_path / "timm")
+    config = json.loads((tmp_path / "timm" / "config.json").read_text())["pretrained_cfg"]
+    processor = AgeVlmProcessor.from_backbones(llama, tmp_path / "timm")
+    assert list(processor.image_processor.image_mean) == list(config["mean"])
+    assert processor.image_geometry(20, 30).size == tuple(config["input_size"][1:])
+
+
+@pytest.mark.parametrize("argument", ["text", "vision"])
+@pytest.mark.parametrize("name", ["no-such-organisation/gated-model", "missing/folder/of/mine", "."])
+@pytest.mark.parametrize("made", [AgeVlmForConditionalGeneration, AgeVlmProcessor])
+def test_what_cannot_be_read_is_one_sentence_that_says_what_to_do(llama, tmp_path, argument, name, made):
+    timm_wrapper(tmp_path / "vision")
+    name = str(tmp_path) if name == "." else name
+    arguments = {"text": llama, "vision": tmp_path / "vision", argument: name}
+    with pytest.raises(ValueError) as error:
+        made.from_backbones(**arguments)
+    message = str(error.value)
+    assert message.startswith(f"{argument}: '{name}'") and "\n" not in message
+    assert "hf auth login" in message and "folder" in message
+
+
+def test_another_kind_of_language_model_is_one_sentence(tmp_path):
+    timm_wrapper(tmp_path / "vision")
+    vit(tmp_path / "text")
+    with pytest.raises(ValueError, match="text: .* is a 'vit' model, expected a Llama"):
+        AgeVlmForConditionalGeneration.from_backbones(tmp_path / "text", tmp_path / "vision")
+
+
+def test_a_tokenizer_without_reserved_tokens_wants_one_named(llama, tmp_path, tokenizer):
+    timm_wrapper(tmp_path / "vision")
+    LlamaForCausalLM(LlamaConfig(**TEXT)).save_pretrained(tmp_path / "text")
+    saved = (llama / "tokenizer.json").read_text().replace("<|reserved_special_token_0|>", "<|other|>")
+    for file in llama.glob("token*"):
+        (tmp_path / "text" / file.name).write_text(saved if file.name == "tokenizer.json" else file.read_text())
+    with pytest.raises(ValueError, match="image_token_id: .*reserved_special_token"):
+        AgeVlmForConditionalGeneration.from_backbones(tmp_path / "text", tmp_path / "vision")
+    with pytest.raises(ValueError, match="reserved_special_token"):
+        AgeVlmProcessor.from_backbones(tmp_path / "text", tmp_path / "vision")
+    model = AgeVlmForConditionalGeneration.from_backbones(tmp_path / "text", tmp_path / "vision", image_token_id=2)
+    processor = AgeVlmProcessor.from_backbones(tmp_path / "text", tmp_path / "vision", image_token="<|other|>")
+    assert processor.image_token_id == model.config.image_token_id

@@ -1,0 +1,85 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from age_vlm.modeling_agevlm.cache_agevlm import NO_IMAGE
+from age_vlm.modeling_agevlm.image_masks_agevlm import (
+    packed_starts,
+    place_images,
+    places_to_slots,
+    visible_places,
+)
+
+
+@st.composite
+def texts(draw):
+    """Rows of one width; each a list of (position in its packed sequence, picture or None)."""
+    width, batch = draw(st.integers(2, 12)), draw(st.integers(1, 4))
+    pictures, rows = 0, []
+    for _ in range(batch):
+        row, position = [], 0
+        while len(row) < width:
+            if row and draw(st.integers(0, 4)) == 0:
+                position = 0
+            is_image = draw(st.integers(0, 3)) == 0
+            row.append((position, pictures if is_image else None))
+            pictures += is_image
+            position += 1
+        rows.append(row)
+    return rows, pictures
+
+
+def seen(rows, visibility, shared=None):
+    """The definition, one text token at a time: row -> token -> set of pictures."""
+    result = []
+    for row in rows:
+        start, in_row = 0, []
+        for place, (position, _) in enumerate(row):
+            if position == 0:
+                start = place
+            before = [image for _, image in row[start : place + 1] if image is not None]
+            before = before[-1:] if visibility == "latest" else before
+            in_row.append({image if shared is None else shared[image] for image in before})
+        result.append(in_row)
+    return result
+
+
+@settings(deadline=None, max_examples=150)
+@given(texts(), st.sampled_from(["latest", "all_previous"]), st.booleans(), st.data())
+def test_each_token_sees_what_the_definition_says(text, visibility, sharing, data):
+    rows, pictures = text
+    if not pictures:
+        return
+    is_image = torch.tensor([[image is not None for _, image in row] for row in rows])
+    position_ids = torch.tensor([[position for position, _ in row] for row in rows])
+    shared = data.draw(st.lists(st.integers(0, 2), min_size=pictures, max_size=pictures)) if sharing else None
+    placed = place_images(is_image, None if shared is None else torch.tensor(shared))
+    starts = packed_starts(position_ids, len(rows))
+    visible = visible_places(placed.positions, torch.arange(is_image.shape[1]), visibility, starts)
+    copies = placed.unshared()
+    copies_visible = visible
+    if placed.slots is not None:
+        visible = places_to_slots(visible, placed.slots, placed.index.shape[1])
+    expected = seen(rows, visibility, shared)
+    for index, mask in ((placed.index, visible), (copies.index, copies_visible)):
+        for row in range(len(rows)):
+            for token in range(is_image.shape[1]):
+                got = index[row][mask[row, token]].tolist()
+                assert -1 not in got
+                assert set(got) == expected[row][token]
+    for row in range(len(rows)):
+        slots = [slot for slot in placed.index[row].tolist() if slot >= 0]
+        assert len(slots) == len(set(slots)), "a picture is encoded into keys once"
+
+
+def test_offset_moves_new_pictures_behind_the_cached_text():
+    placed = place_images(torch.tensor([[False, True], [False, False]]), offset=7)
+    assert placed.positions.tolist() == [[8], [NO_IMAGE]]
+    assert placed.index.tolist() == [[0], [-1]]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_positions_without_a_batch_dimension_are_every_row_s(batch):
+    starts = packed_starts(torch.tensor([[0, 1, 0, 1, 2]]), batch)
+    assert starts.tolist() == [[0, 0, 2, 2, 2]] * batch
