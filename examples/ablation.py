@@ -61,7 +61,7 @@ def run_arm(recipe: Recipe, arm: str, *, curve_on: str, figures) -> dict:
             model, processor, curve = _fit_concatenation(recipe, source, folder, getattr(source, curve_on))
             attention = concatenation_attention
         else:
-            measure = curve_measure(recipe, getattr(source, curve_on), pictures=200)
+            measure = printed(curve_measure(recipe, getattr(source, curve_on), pictures=200))
             model, processor, _, curve = fit(recipe, source, folder, measure=measure, progress=False)
             attention = _cross_attention
     result = {
@@ -87,6 +87,17 @@ def run_arm(recipe: Recipe, arm: str, *, curve_on: str, figures) -> dict:
             result[part] |= {"attention mass": float(mass.mean()), "pointing": float(hits.mean())}
             result[part]["pointing by class"] = _by_class(phrases, hits)
     return result
+
+
+def printed(measure):
+    """`measure` that also prints what it found: the log of a run in the background says how far it is."""
+
+    def measured(*arguments):
+        figures = measure(*arguments)
+        print({name: round(value, 3) for name, value in figures.items()}, flush=True)
+        return figures
+
+    return measured
 
 
 def _by_class(phrases: PhraseAttention, hits: torch.Tensor) -> dict[str, float]:
@@ -116,7 +127,7 @@ def _fit_concatenation(recipe: Recipe, source, folder: str, curve_items):
         right = sum((scores[q.id] > 0) == (q.answer == "yes") for q in questions)
         return {"adversarial_accuracy": right / len(questions)}
 
-    curve = CurveCallback(measure, recipe.training.evaluate_every)
+    curve = CurveCallback(printed(measure), recipe.training.evaluate_every)
     trainer = Trainer(
         model,
         training_arguments(recipe.training, recipe.seed, folder, False),

@@ -334,6 +334,13 @@ def caption(names: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
     return text or "nothing", spans
 
 
+def label_map_texts(classes: Sequence[str]) -> Iterator[str]:
+    """Texts that together hold every word label maps with these classes can say: for `build_word_tokenizer`."""
+    yield from (CAPTION_REQUEST, caption(list(classes) * 2)[0], "yes", "no", "nothing", *NUMBER_WORDS)
+    for name in classes:
+        yield from (caption([name])[0], existence_question(name)[0], count_question(name)[0])
+
+
 def label_map_sample(
     maps: LabelMaps, crop: Crop, rng: np.random.Generator, questions: int | Literal["all"] = "all"
 ) -> Sample:
