@@ -227,11 +227,14 @@ def unknown_option(options) -> str | None:
 _TRANSFORMERS_OPTIONS = {
     "attn_implementation",
     "auto_map",
+    "bos_token_id",
+    "eos_token_id",
     "experts_implementation",
     "model_type",
     "name_or_path",
     "num_labels",
     "output_attentions",
+    "pad_token_id",  # `Trainer` sets the three on any configuration
     "quantization_config",
     "tie_encoder_decoder",
     "torch_dtype",

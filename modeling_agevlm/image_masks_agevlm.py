@@ -43,7 +43,6 @@ def place_images(
             share one (packed questions about the same picture). Each has its own when left out.
         offset: tokens already in the cache before this text.
     """
-    length = is_image.shape[1]
     counts = is_image.sum(-1)
     places = int(counts.max())
     ordinal = torch.arange(places, device=is_image.device)

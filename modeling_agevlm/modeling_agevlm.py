@@ -115,19 +115,23 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         if pixel_values.shape[1] != channels:
             raise ValueError(f"pixel_values: got {pixel_values.shape[1]} channels, expected {channels}.")
         if hasattr(self.vision_tower, "timm_model"):
-            kwargs = {key: value for key, value in kwargs.items() if key == "output_hidden_states"}
-            kwargs["do_pooling"] = False
+            wanted = kwargs.get("output_hidden_states", self.config.vision_config.output_hidden_states)
+            # A list of maps has no other hidden states than itself.
+            kwargs = {"do_pooling": False, "output_hidden_states": wanted and not self.vision_tower.features_only}
         kwargs["return_dict"] = True
         outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **kwargs)
-        states = feature_map(self.vision_tower, outputs.last_hidden_state)
+        last_hidden_state, hidden_states = outputs.last_hidden_state, outputs.hidden_states
+        if isinstance(last_hidden_state, (list, tuple)):
+            last_hidden_state, hidden_states = last_hidden_state[-1], tuple(last_hidden_state) if wanted else None
+        states = feature_map(self.vision_tower, last_hidden_state)
         tokens, rows, columns = token_grid(
             states, self.vision_tower, self.config.vision_config, tuple(pixel_values.shape[-2:])
         )
         tokens = self.multi_modal_projector(tokens)
         return BaseModelOutputWithPooling(
-            last_hidden_state=outputs.last_hidden_state,
+            last_hidden_state=last_hidden_state,
             pooler_output=tokens + position_encoding_2d(rows, columns, tokens.shape[-1], like=tokens),
-            hidden_states=outputs.hidden_states,
+            hidden_states=hidden_states,
             attentions=getattr(outputs, "attentions", None),
         )
 

@@ -45,7 +45,8 @@ def drop_unused_head(vision_tower: nn.Module) -> None:
 
 
 def feature_map(vision_tower: nn.Module, last_hidden_state: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
-    """The encoder's last map or token sequence, through timm's `head.norm`, which timm itself applies only when pooling."""
+    """The encoder's last map or token sequence, through timm's `head.norm`, which timm itself applies only when pooling.
+    timm's `features_only` gives a list of maps, one a stage."""
     if isinstance(last_hidden_state, (list, tuple)):
         last_hidden_state = last_hidden_state[-1]
     norm = getattr(getattr(getattr(vision_tower, "timm_model", None), "head", None), "norm", None)

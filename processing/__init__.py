@@ -1,7 +1,7 @@
 """The processor of AGE-VLM."""
 
 from .image_geometry_agevlm import ImageGeometry, image_geometry
-from .processing_agevlm import AgeVlmProcessor, square_image_processor
+from .processing_agevlm import AgeVlmProcessor, whole_image_processor
 
 
-__all__ = ["AgeVlmProcessor", "ImageGeometry", "image_geometry", "square_image_processor"]
+__all__ = ["AgeVlmProcessor", "ImageGeometry", "image_geometry", "whole_image_processor"]

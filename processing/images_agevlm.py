@@ -15,7 +15,7 @@ def load_rgb(image) -> PIL.Image.Image | np.ndarray | torch.Tensor:
     EXIF rotation is applied, transparency is laid over white, values from 0 to 1 (float) or 65,535 become 0 to 255.
 
     Args:
-        image: path, URL, base64 text, PIL image, array or tensor: (height, width), (channels, height, width) or
+        image: path, URL (`data:` too), long base64 text, PIL image, array or tensor: (height, width), (channels, height, width) or
             (height, width, channels), with 1, 3 or 4 channels.
 
     Raises:
@@ -35,11 +35,12 @@ def load_rgb(image) -> PIL.Image.Image | np.ndarray | torch.Tensor:
 def _open(source: str) -> PIL.Image.Image:
     shown = source if len(source) <= 200 else source[:60] + "..."
     if not os.path.isfile(source):
-        if source.startswith(("http://", "https://", "data:")):
-            return load_image(source)
-        if len(source) <= 1024:
+        if len(source) <= 1024 and not source.startswith(("http://", "https://", "data:")):
             raise ValueError(f"images: '{shown}' is not a file, expected a path or URL of a picture.")
-        return load_image(source)
+        try:
+            return load_image(source)
+        except Exception as error:  # every HTTP library has its own
+            raise ValueError(f"images: '{shown}' could not be fetched and read: {type(error).__name__}.") from error
     try:
         image = PIL.Image.open(source)
         image.load()

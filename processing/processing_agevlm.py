@@ -1,6 +1,7 @@
 """Pictures and chat text -> what AGE-VLM takes: `pixel_values`, `input_ids`, `attention_mask`."""
 
 import os
+from collections.abc import Sequence
 
 import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPImageProcessor
@@ -131,7 +132,7 @@ class AgeVlmProcessor(ProcessorMixin):
         vision: str | os.PathLike,
         *,
         image_token: str | None = None,
-        image_size: int | None = None,
+        image_size: int | Sequence[int] | None = None,
     ) -> "AgeVlmProcessor":
         """The processor that goes with [`AgeVlmForConditionalGeneration.from_backbones`].
 
@@ -139,7 +140,7 @@ class AgeVlmProcessor(ProcessorMixin):
             text: Hub id or folder with the tokenizer.
             vision: Hub id or folder of the vision encoder; its own mean, deviation and size are taken.
             image_token: token that stands for a picture, the first reserved special one when left out.
-            image_size: side in pixels of the model's square input, the encoder's own when left out.
+            image_size: of the model's input, a side or height and width in pixels, the encoder's own when left out.
         """
         from ..modeling_agevlm.modeling_agevlm import load_part, reserved_image_token
 
@@ -151,7 +152,7 @@ class AgeVlmProcessor(ProcessorMixin):
         )
 
 
-def _image_processor(vision: str | os.PathLike, image_size: int | None):
+def _image_processor(vision: str | os.PathLike, image_size: int | Sequence[int] | None):
     from ..modeling_agevlm.modeling_agevlm import load_part
 
     config = load_part("vision", vision, AutoConfig)
@@ -164,18 +165,15 @@ def _image_processor(vision: str | os.PathLike, image_size: int | None):
         library = load_part("vision", vision, AutoImageProcessor)
         size = image_size or dict(library.size).get("height") or dict(library.size).get("shortest_edge")
         settings = {"image_mean": library.image_mean, "image_std": library.image_std}
-    return square_image_processor(size, **{key: value for key, value in settings.items() if value is not None})
+    return whole_image_processor(size, **{key: value for key, value in settings.items() if value is not None})
 
 
-def square_image_processor(size: int, **settings) -> CLIPImageProcessor:
-    """CLIP's image processor, which here stretches the whole picture to `size` x `size`: what is cropped away can be
-    neither seen nor grounded."""
-    return CLIPImageProcessor(
-        size={"height": size, "width": size},
-        crop_size={"height": size, "width": size},
-        do_center_crop=False,
-        **settings,
-    )
+def whole_image_processor(size: int | Sequence[int], **settings) -> CLIPImageProcessor:
+    """CLIP's image processor, which here stretches the whole picture to `size` (a side, or height and width, pixels): what
+    is cropped away can be neither seen nor grounded."""
+    height, width = (size, size) if isinstance(size, int) else size
+    size = {"height": height, "width": width}
+    return CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False, **settings)
 
 
 def _map_nested(function, images):

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from age_vlm import AgeVlmConfig, AgeVlmForConditionalGeneration, AgeVlmProcessor
-from age_vlm.processing import square_image_processor
+from age_vlm.processing import whole_image_processor
 
 
 IMAGE_SIZE = 32
@@ -125,7 +125,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def processor(tokenizer) -> AgeVlmProcessor:
-    return AgeVlmProcessor(square_image_processor(IMAGE_SIZE), tokenizer)
+    return AgeVlmProcessor(whole_image_processor(IMAGE_SIZE), tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from .analysis.overlay import overlay_sheet
 from .data.chat import ChatEncoder
 from .data.collator import token_grid_size
 from .data.schema import assistant_message, user_message
+from .hub import load_checkpoint
 from .modeling_agevlm import AgeVlmForConditionalGeneration
 from .processing import AgeVlmProcessor
 from .processing.images_agevlm import load_rgb
@@ -94,7 +95,8 @@ def ask(
         logits_to_keep=1,
     ).cross_attention_maps
     aligned = AlignmentConfig(**(model.config.alignment or {}))
-    attention = picture_attention(maps, torch.zeros(len(named), dtype=torch.long), rows * columns, aligned.layers)
+    slots = torch.zeros(len(named), dtype=torch.long, device=model.device)
+    attention = picture_attention(maps, slots, rows * columns, aligned.layers)
     attention = (
         attention[:, :, chosen_heads(aligned.heads, attention.shape[2])].mean((1, 2)).unflatten(-1, (rows, columns))
     )
@@ -114,14 +116,8 @@ def load(folder: str | Path | None) -> tuple[AgeVlmForConditionalGeneration, Age
                 "model: none was named and the example checkpoint is not here (it comes with the repository, not with the "
                 "package), expected --model with a folder or Hub id; `age-vlm demo` trains one."
             )
-    try:
-        return (
-            AgeVlmForConditionalGeneration.from_pretrained(folder).eval(),
-            AgeVlmProcessor.from_pretrained(folder),
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"model: '{folder}' could not be loaded as an AGE-VLM: {reason}") from error
+    model, processor = load_checkpoint(folder)
+    return model.eval(), processor
 
 
 def bundled_checkpoint() -> Path:

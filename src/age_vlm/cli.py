@@ -11,14 +11,22 @@ from pathlib import Path
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; a user's error is one sentence on standard error and exit code 2."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes the overrides that stand before the first option only.
+    if rest and (not hasattr(options, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
     try:
         options.run(options)
     except ValueError as error:
         print(f"age-vlm: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"age-vlm: {error.filename or 'a file'} could not be written or read: {error.strerror}.", file=sys.stderr)
+        # Errors of libraries that call themselves one have a sentence instead of a number.
+        said = error.strerror or " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        print(f"age-vlm: {error.filename or 'a file'} could not be written or read: {said}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -1,4 +1,4 @@
-"""Saving a checkpoint whole: weights, configuration, processor, chat template, code and model card, or nothing."""
+"""Saving and loading a checkpoint whole: weights, configuration, processor, chat template, code and model card."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ import tempfile
 from pathlib import Path
 
 from safetensors import SafetensorError
+from transformers import AutoConfig
+
+from .configuration import AgeVlmConfig
+from .configuration.configuration_agevlm import unknown_option
+from .modeling_agevlm import AgeVlmForConditionalGeneration
+from .processing import AgeVlmProcessor
 
 
 def save_checkpoint(model, processor, folder: str | Path, card: str | None = None) -> Path:
@@ -16,9 +22,9 @@ def save_checkpoint(model, processor, folder: str | Path, card: str | None = Non
         ValueError: one sentence, where the disk is full or may not be written to.
     """
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = None
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         model.save_pretrained(unfinished)
         processor.save_pretrained(unfinished)
@@ -43,8 +49,33 @@ def _swap(new: Path, folder: Path) -> None:
     folder.rename(old / "checkpoint")
     try:
         new.rename(folder)
-    except OSError:
+    except BaseException:
         (old / "checkpoint").rename(folder)
+        old.rmdir()
         raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_checkpoint(
+    name: str | Path, argument: str = "model", **config
+) -> tuple[AgeVlmForConditionalGeneration, AgeVlmProcessor]:
+    """Model and processor from a folder or a Hub id.
+
+    Args:
+        argument: what the error calls it.
+        config: fields of `AgeVlmConfig` to change.
+
+    Raises:
+        ValueError: one sentence, where there is none, or something else than an AGE-VLM.
+    """
+    if unknown := unknown_option(config):
+        raise ValueError(unknown)
+    try:
+        # Looked at first: transformers would load any other model's file too, with random weights for what is missing.
+        kind = AutoConfig.from_pretrained(name).model_type
+        if kind != AgeVlmConfig.model_type:
+            raise ValueError(f"it holds a model of type '{kind}'")
+        return AgeVlmForConditionalGeneration.from_pretrained(name, **config), AgeVlmProcessor.from_pretrained(name)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise ValueError(f"{argument}: '{name}' could not be loaded as an AGE-VLM: {reason}.") from error

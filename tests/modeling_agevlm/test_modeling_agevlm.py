@@ -355,7 +355,9 @@ def test_image_features_are_raw_output_and_projected_tokens(model):
     features = model.get_image_features(pixels)
     assert features.pooler_output.shape == (2, 16, 32)
     tower = model.model.vision_tower(pixels).last_hidden_state[-1]
-    assert torch.equal(features.last_hidden_state[-1], tower)
+    assert torch.equal(features.last_hidden_state, tower)
+    assert features.hidden_states is None
+    assert torch.equal(model.get_image_features(pixels, output_hidden_states=True).hidden_states[-1], tower)
     assert torch.equal(model.model.get_image_features(pixels).pooler_output, features.pooler_output)
 
 

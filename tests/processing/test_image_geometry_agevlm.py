@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPImageProcessor
 
-from age_vlm.processing import image_geometry, square_image_processor
+from age_vlm.processing import image_geometry, whole_image_processor
 
 
 def stretch(size):
-    return square_image_processor(size)
+    return whole_image_processor(size)
 
 
 def crop(edge, size):

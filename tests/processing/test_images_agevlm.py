@@ -1,5 +1,7 @@
 """Pictures of every mode and container come out as the RGB that a person sees."""
 
+import base64
+
 import numpy as np
 import pytest
 import torch
@@ -36,6 +38,7 @@ def test_containers_agree(picture, tmp_path):
         picture,
         picture.transpose(2, 0, 1),
         picture[::-1][::-1],
+        "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode(),
         tensor,
         tensor.permute(1, 2, 0),
         tensor.float() / 255,
@@ -157,6 +160,9 @@ def test_bad_pictures_are_one_sentence_with_their_name(tmp_path):
         (np.full((4, 5, 3), -1.0), ["-1"]),
         (np.full((4, 5, 3), 300), ["300"]),
         (np.full((4, 5, 3), np.nan), ["nan"]),
+        ("http://localhost:9/cat.png", ["http://localhost:9/cat.png", "fetched"]),
+        ("data:image/png;base64,AAAA", ["data:image", "read"]),
+        ("A" * 2000, ["AAAA...", "read"]),
         (3, ["int"]),
         (None, ["NoneType"]),
     ):

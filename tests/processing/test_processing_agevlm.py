@@ -7,7 +7,7 @@ from PIL import Image
 from transformers import AutoProcessor, CLIPImageProcessor
 
 from age_vlm import AgeVlmProcessor
-from age_vlm.processing import square_image_processor
+from age_vlm.processing import whole_image_processor
 
 
 IMAGE = "<|reserved_special_token_0|>"
@@ -193,7 +193,7 @@ def test_saved_is_loaded(processor, tmp_path):
 
 def test_an_image_token_that_is_no_token_is_one_sentence(tokenizer):
     with pytest.raises(ValueError, match="image_token: '<image>' is not in the tokenizer's vocabulary"):
-        AgeVlmProcessor(square_image_processor(32), tokenizer, image_token="<image>")
+        AgeVlmProcessor(whole_image_processor(32), tokenizer, image_token="<image>")
 
 
 def test_geometry_is_the_image_processor_s(tokenizer):

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from .schema import Message
-
-
-# Put around every piece of message text while rendering, to find it again whatever the chat template puts around it.
-_START, _END = "\ue000", "\ue001"
 
 
 @dataclass(frozen=True)
@@ -47,24 +44,37 @@ class ChatEncoder:
     """Renders chats with the processor's own template and tokenizes them.
 
     Encodings are kept: the questions of a data set repeat from picture to picture, and from epoch to epoch.
+
+    Raises:
+        ValueError: one sentence, for a chat template that changes the text of messages.
     """
 
     def __init__(self, processor, cache_size: int = 65_536):
         self.processor = processor
+        self.cache_size = cache_size
         self._encode = lru_cache(maxsize=cache_size)(self._encode_parts)
+
+    def __reduce__(self):
+        # A cache cannot be pickled, and the workers of a data loader are started by pickling on most systems.
+        return ChatEncoder, (self.processor, self.cache_size)
 
     def __call__(self, messages: Sequence[Message]) -> EncodedChat:
         return self._encode(
             tuple(
-                (message["role"], tuple((part["type"], part["text"]) for part in _parts(message)))
+                (message["role"], tuple((part["type"], part.get("text")) for part in _parts(message)))
                 for message in messages
             )
         )
 
     def _encode_parts(self, messages) -> EncodedChat:
+        texts = [content for _, parts in messages for kind, content in parts if kind == "text"]
+        first, last = _unused_characters(texts)
+        numbers = iter(range(len(texts)))
+
         def chat(mark: bool):
+            # A numbered mark in front of every piece of text finds it again, whatever the chat template puts around it.
             def text(content):
-                return f"{_START}{content}{_END}" if mark else content
+                return f"{first}{next(numbers)}{last}{content}{first}{last}" if mark else content
 
             return [
                 {
@@ -79,23 +89,27 @@ class ChatEncoder:
 
         rendered = self.processor.apply_chat_template(chat(mark=False), tokenize=False)
         marked = self.processor.apply_chat_template(chat(mark=True), tokenize=False)
-        if marked.replace(_START, "").replace(_END, "") != rendered:
+        places, removed = {}, 0
+        for mark in re.finditer(f"{first}(\\d*){last}", marked):
+            if mark[1]:
+                places[int(mark[1])] = mark.start() - removed
+            removed += len(mark[0])
+        if re.sub(f"{first}\\d*{last}", "", marked) != rendered or any(
+            not rendered.startswith(texts[number], place) for number, place in places.items()
+        ):
             raise ValueError(
                 "chat_template: changes the text of messages, expected one that keeps it: phrases are found by it."
             )
-        pieces, cursor, removed = [], 0, 0
+        pieces, number = [], 0
         for _, parts in messages:
             in_text, found = 0, []
             for kind, content in parts:
                 if kind != "text":
                     continue
-                cursor = marked.find(_START, cursor)
-                if cursor < 0:
-                    break  # a template may leave a system message out
-                found.append((in_text, cursor - removed, len(content)))
-                cursor += len(content) + 2
-                removed += 2
+                if number in places:  # a template may leave a system message out
+                    found.append((in_text, places[number], len(content)))
                 in_text += len(content)
+                number += 1
             pieces.append(tuple(found))
 
         tokenizer = self.processor.tokenizer
@@ -117,3 +131,10 @@ class ChatEncoder:
 def _parts(message: Message):
     content = message["content"]
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _unused_characters(texts: Sequence[str]) -> tuple[str, str]:
+    """Two characters of Unicode's private use area that none of the texts has."""
+    used = set().union(*texts)
+    unused = (character for character in map(chr, range(0xE000, 0xF900)) if character not in used)
+    return next(unused), next(unused)

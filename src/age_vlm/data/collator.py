@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
 from ..processing import ImageGeometry
+from ..processing.images_agevlm import load_rgb
 from .chat import ChatEncoder, EncodedChat
 from .masks import decode_mask
-from .schema import Grounding, Message, Sample, upright_size
+from .schema import Grounding, Message, Sample, upright_size, validate_sample
 
 
 GROUNDING_KEYS = ("grounding_rows", "grounding_slots", "grounding_coverage")
@@ -24,14 +25,19 @@ class AgeVlmCollator:
         grid: (rows, columns) of the model's image tokens, see `token_grid_size`.
         independent_turns: every question and answer of a sample becomes a text of its own that sees the sample's
             pictures, all packed into one row (positions restart, no attention mask): earlier answers cannot give later
-            ones away. Otherwise a sample is one chat.
+            ones away. What stands before the first question, a system message, is in front of each. Otherwise a sample is
+            one chat.
         phrase_rows: which tokens of a phrase are aligned, its `"last"` (it has read the whole phrase) or `"all"`.
         max_length: longest row, in tokens; what is over is cut from the end.
+        image_visibility: the model's, `"latest"` or `"all_previous"`: a phrase is aligned only with a picture that it sees.
 
     A batch holds `input_ids`, `labels` (batch, length), `attention_mask` or `position_ids` (batch, length),
     `pixel_values` (images, channels, height, width), where pictures are shared `image_indices` (image tokens,), and for
     each aligned text row `grounding_rows` (groundings, 2) batch index and position, `grounding_slots` (groundings,) which
     picture of its row, `grounding_coverage` (groundings, rows x columns) how much of each image token the mask covers.
+
+    Raises:
+        ValueError: one sentence, for a sample that does not follow the schema or a picture that `max_length` cuts off.
     """
 
     def __init__(
@@ -42,6 +48,7 @@ class AgeVlmCollator:
         independent_turns: bool = False,
         phrase_rows: str = "last",
         max_length: int | None = None,
+        image_visibility: str = "latest",
     ):
         if phrase_rows not in ("last", "all"):
             raise ValueError(f"phrase_rows: got '{phrase_rows}', expected 'last' or 'all'.")
@@ -50,19 +57,34 @@ class AgeVlmCollator:
         self.independent_turns = independent_turns
         self.phrase_rows = phrase_rows
         self.max_length = max_length
+        self.image_visibility = image_visibility
         self.encode = ChatEncoder(processor)
         self._coverage = lru_cache(maxsize=65_536)(self._mask_coverage)
+
+    def __reduce__(self):
+        # As for `ChatEncoder`: the caches stay behind.
+        names = ("independent_turns", "phrase_rows", "max_length", "image_visibility")
+        settings = {name: getattr(self, name) for name in names}
+        return partial(AgeVlmCollator, self.processor, self.grid, **settings), ()
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
         images, image_indices = [], []
         rows = []
         groundings: list[tuple[int, int, int, torch.Tensor]] = []
         for batch_index, sample in enumerate(samples):
+            validate_sample(sample)
             first_image = len(images)
             images.extend(sample["images"])
             ids, labels, positions = [], [], []
             for chat, chat_images, chat_groundings in self._chats(sample):
-                self._add_groundings(groundings, sample, chat, chat_groundings, batch_index, len(ids))
+                tokens = chat.input_ids.count(self.processor.image_token_id)
+                if tokens != len(chat_images):
+                    raise ValueError(
+                        f"messages: sample '{sample['id']}' has {tokens} image tokens in its rendered text, expected "
+                        f"{len(chat_images)}, one for each image part."
+                    )
+                for token, slot, coverage in self._aligned_tokens(sample, chat, chat_images, chat_groundings):
+                    groundings.append((batch_index, len(ids) + token, slot, coverage))
                 image_indices.extend(first_image + image for image in chat_images)
                 ids.extend(chat.input_ids)
                 labels.extend(chat.labels)
@@ -72,7 +94,7 @@ class AgeVlmCollator:
         batch = self._pad(rows)
         if images:
             batch["pixel_values"] = self.processor.image_processor(
-                images=[image.convert("RGB") for image in images], return_tensors="pt"
+                images=[load_rgb(image) for image in images], return_tensors="pt"
             )["pixel_values"]
         if image_indices != list(range(len(images))):
             batch["image_indices"] = torch.tensor(image_indices)
@@ -85,24 +107,33 @@ class AgeVlmCollator:
     def _chats(self, sample: Sample) -> Iterator[tuple[EncodedChat, list[int], list[tuple[int, Grounding]]]]:
         """Each text of a sample: its encoding, the pictures of its image tokens, its groundings by message number."""
         messages = sample["messages"]
-        for start, end in self._turns(messages) if self.independent_turns else [(0, len(messages))]:
-            chat_messages = list(messages[start:end])
-            before = sum(_image_parts(message) for message in messages[:start])
-            if self.independent_turns and start and not _image_parts(chat_messages[0]) and before:
-                chat_messages[0] = _with_images(chat_messages[0], before)
-                shown = list(range(before))
-            else:
-                shown = list(range(before, before + sum(map(_image_parts, chat_messages))))
-            inside = [(g["message"] - start, g) for g in sample["groundings"] if start <= g["message"] < end]
-            yield self.encode(chat_messages), shown, inside
-
-    @staticmethod
-    def _turns(messages: Sequence[Message]) -> list[tuple[int, int]]:
+        images, first = [], 0
+        for message in messages:
+            count = sum(part["type"] == "image" for part in message["content"])
+            images.append(list(range(first, first + count)))
+            first += count
         starts = [number for number, message in enumerate(messages) if message["role"] == "user"]
-        return list(zip(starts, [*starts[1:], len(messages)]))
+        if not self.independent_turns or not starts:
+            starts = [0]
+        lead = list(range(starts[0] if self.independent_turns else 0))
+        for start, end in zip(starts, [*starts[1:], len(messages)]):
+            numbers = [*lead, *range(start, end)]
+            chat = [messages[number] for number in numbers]
+            shown = [images[number] for number in numbers]
+            earlier = [image for number in range(len(lead), start) for image in images[number]]
+            if earlier and not images[start]:
+                chat[len(lead)] = _with_images(messages[start], len(earlier))
+                shown[len(lead)] = earlier
+            own = numbers if start == starts[0] else numbers[len(lead) :]
+            inside = [(numbers.index(g["message"]), g) for g in sample["groundings"] if g["message"] in own]
+            yield self.encode(chat), [image for part in shown for image in part], inside
 
-    def _add_groundings(self, groundings, sample, chat: EncodedChat, chat_groundings, batch_index, offset) -> None:
+    def _aligned_tokens(
+        self, sample: Sample, chat: EncodedChat, chat_images: list[int], chat_groundings: list[tuple[int, Grounding]]
+    ) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Position in the chat, picture of the row and mask coverage of every token that is aligned."""
         image_token = self.processor.image_token_id
+        places = [position for position, token in enumerate(chat.input_ids) if token == image_token]
         for message, item in chat_groundings:
             tokens = chat.phrase_tokens(message, item["start"], item["end"])
             if not tokens:
@@ -110,14 +141,14 @@ class AgeVlmCollator:
                     f"groundings: sample '{sample['id']}' has the span [{item['start']}, {item['end']}) in message "
                     f"{item['message']}, which no token of the rendered chat holds."
                 )
-            image = sample["images"][item["image"]]
-            width, height = upright_size(image)
+            width, height = upright_size(sample["images"][item["image"]])
             coverage = self._coverage(tuple(item["mask"]["size"]), item["mask"]["counts"], height, width)
             if not coverage.any():
                 continue  # the crop of the image processor left nothing of it
             for token in tokens if self.phrase_rows == "all" else tokens[-1:]:
-                if image_token in chat.input_ids[: token + 1]:  # a phrase before its picture cannot look at it
-                    groundings.append((batch_index, offset + token, item["image"], coverage))
+                seen = [image for place, image in zip(places, chat_images) if place <= token]
+                if item["image"] in (seen[-1:] if self.image_visibility == "latest" else seen):
+                    yield token, item["image"], coverage
 
     def _mask_coverage(self, size: tuple[int, int], counts: str, height: int, width: int) -> torch.Tensor:
         geometry: ImageGeometry = self.processor.image_geometry(height, width)
@@ -139,6 +170,8 @@ class AgeVlmCollator:
     def _pad(self, rows) -> dict[str, torch.Tensor]:
         length = max(len(ids) for ids, _, _ in rows)
         pad = self.processor.tokenizer.pad_token_id
+        if pad is None:  # Llama's tokenizers name none; what stands there is neither seen nor learned
+            pad = self.processor.tokenizer.eos_token_id or 0
         ids = torch.full((len(rows), length), pad)
         labels = torch.full((len(rows), length), -100)
         positions = torch.zeros((len(rows), length), dtype=torch.long)
@@ -156,15 +189,9 @@ class AgeVlmCollator:
         return batch
 
 
-def _image_parts(message: Message) -> int:
-    content = message["content"]
-    return 0 if isinstance(content, str) else sum(part["type"] == "image" for part in content)
-
-
 def _with_images(message: Message, images: int) -> Message:
-    content = message["content"]
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
-    return {"role": message["role"], "content": [{"type": "image", "text": None}] * images + parts}
+    parts = [{"type": "image", "text": None}] * images
+    return {"role": message["role"], "content": [*parts, *message["content"]]}
 
 
 @torch.no_grad()

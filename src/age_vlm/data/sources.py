@@ -45,8 +45,13 @@ class MasksOfOthers(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Sample:
-        sample, other = self.samples[index], self.samples[(index + 1) % len(self)]
-        masks = [grounding["mask"] for grounding in other["groundings"]] or [g["mask"] for g in sample["groundings"]]
+        sample = self.samples[index]
+        # The next sample that has any; a control with its own masks would be none.
+        others = ((index + step) % len(self) for step in range(1, len(self)))
+        candidates = ([grounding["mask"] for grounding in self.samples[other]["groundings"]] for other in others)
+        masks = next(filter(None, candidates), None) if sample["groundings"] else None
+        if masks is None:
+            return {**sample, "groundings": []}
         groundings = [
             {**grounding, "mask": masks[number % len(masks)]} for number, grounding in enumerate(sample["groundings"])
         ]

@@ -74,8 +74,15 @@ class AlignmentConfig:
             raise ValueError(f"alignment.weight: got {self.weight}, expected 0 or more.")
         if isinstance(self.heads, str) and self.heads not in ("half", "all"):
             raise ValueError(f"alignment.heads: got '{self.heads}', expected 'half', 'all' or a list of heads.")
+        if not self.heads:
+            raise ValueError("alignment.heads: got an empty list, expected at least one head.")
         if not self.layers:
             raise ValueError("alignment.layers: got an empty list, expected at least one cross-attention block.")
+
+    def check(self, blocks: int, heads: int) -> None:
+        """Raises ValueError, one sentence, if a model with so many cross-attention blocks and heads lacks one of ours."""
+        check_layers(self.layers, blocks)
+        chosen_heads(self.heads, heads)
 
 
 def picture_attention(maps: Sequence[Tensor], slots: Tensor, tokens: int, layers: Sequence[int]) -> Tensor:
@@ -92,17 +99,20 @@ def picture_attention(maps: Sequence[Tensor], slots: Tensor, tokens: int, layers
     Raises:
         ValueError: for a block that the model does not have, or a number of tokens that is not the model's.
     """
-    wrong = [layer for layer in layers if not -len(maps) <= layer < len(maps)]
-    if wrong:
-        raise ValueError(
-            f"alignment.layers: got {wrong[0]}, expected 0 to {len(maps) - 1}: the model has {len(maps)} blocks."
-        )
+    check_layers(layers, len(maps))
     if maps[0].shape[-1] % tokens:
         raise ValueError(
             f"grounding_coverage: got {tokens} image tokens a picture, expected a divisor of the model's {maps[0].shape[-1]}."
         )
     stacked = torch.stack([maps[layer] for layer in layers], dim=1).unflatten(-1, (-1, tokens))
     return stacked[torch.arange(len(slots), device=slots.device), :, :, slots]
+
+
+def check_layers(layers: Sequence[int], total: int) -> None:
+    """Raises ValueError, one sentence, for a block that a model with `total` cross-attention blocks lacks."""
+    wrong = [layer for layer in layers if not 0 <= layer < total]
+    if wrong:
+        raise ValueError(f"alignment.layers: got {wrong[0]}, expected 0 to {total - 1}: the model has {total} blocks.")
 
 
 def chosen_heads(heads: str | Sequence[int], total: int) -> list[int]:

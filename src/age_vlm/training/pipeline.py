@@ -21,7 +21,7 @@ from ..evaluation.benchmark import answer_metrics, grounding_metrics, presence_a
 from ..hub import save_checkpoint
 from ..model_card import model_card
 from .recipe import Recipe
-from .run import environment, fit, new_run_folder
+from .run import check_run_folder, environment, fit, run_folder
 
 
 def run_recipe(
@@ -39,9 +39,14 @@ def run_recipe(
     Raises:
         ValueError: one sentence, for a folder that exists, data that cannot be read, a full disk.
     """
+    check_run_folder(folder, overwrite)
     started = time.monotonic()
     source = load_source(recipe.data, recipe.seed)
-    folder = new_run_folder(folder, overwrite)
+    with run_folder(folder, overwrite) as folder:
+        return _run(recipe, source, folder, started, progress)
+
+
+def _run(recipe: Recipe, source: DataSource, folder: Path, started: float, progress: bool) -> dict[str, dict]:
     write_atomically(folder / "recipe.yaml", recipe.to_yaml())
     write_atomically(folder / "environment.json", json.dumps(environment(), indent=2))
 
@@ -50,7 +55,7 @@ def run_recipe(
     )
     model.config.alignment = dataclasses.asdict(recipe.alignment)
     write_atomically(folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
-    metrics, answers = test_metrics(model, processor, recipe, source)
+    metrics = test_metrics(model, processor, recipe, source)
     seconds = time.monotonic() - started
     record = {"figures": metrics, "seed": recipe.seed, "seconds": round(seconds, 1), "environment": environment()}
     write_atomically(folder / "metrics.json", json.dumps(record | {"validation_curve": curve}, indent=2))
@@ -73,7 +78,7 @@ def run_recipe(
         settings={"seed": recipe.seed, **dataclasses.asdict(recipe), "environment": environment()},
         metrics=table_rows(metrics),
         curves=curves,
-        examples=examples(model, processor, source.test, answers),
+        examples=examples(model, processor, source.test),
         notes=[
             f"Figures are on {len(source.test)} test pictures that were neither trained on nor chosen on; one seed.",
             f"The whole run took {seconds / 60:.1f} minutes.",
@@ -100,18 +105,16 @@ def curve_measure(recipe: Recipe, items: Sequence[EvaluationItem], pictures: int
     return measure
 
 
-def test_metrics(
-    model, processor, recipe: Recipe, source: DataSource
-) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """Rows of figures on the test part, and the model's answers by question id."""
-    metrics, answers = answer_metrics(model, processor, source.test)
+def test_metrics(model, processor, recipe: Recipe, source: DataSource) -> dict[str, dict[str, float]]:
+    """Rows of figures on the test part."""
+    metrics, _ = answer_metrics(model, processor, source.test)
     metrics |= grounding_metrics(model, processor, source.test, token_grid_size(model, processor), recipe.alignment)
     blank = [dataclasses.replace(item, image=PIL.Image.new("RGB", item.image.size, "grey")) for item in source.test]
     control, _ = answer_metrics(model, processor, blank)
     if recipe.data.kind == "label_maps":
         metrics["presence/macro_auc"] = presence_auc(model, processor, source.test)
         control["presence/macro_auc"] = presence_auc(model, processor, blank)
-    return {"model": metrics, "blank picture": control}, answers
+    return {"model": metrics, "blank picture": control}
 
 
 def table_rows(metrics: dict[str, dict[str, float]]) -> list[dict[str, str | float]]:
@@ -123,11 +126,11 @@ def table_rows(metrics: dict[str, dict[str, float]]) -> list[dict[str, str | flo
     ]
 
 
-def examples(model, processor, items: Sequence[EvaluationItem], answers: dict[str, str], count: int = 6) -> list[dict]:
+def examples(model, processor, items: Sequence[EvaluationItem], count: int = 6) -> list[dict]:
     """Pictures with a question each and where the model looked; a different kind of question from one to the next."""
     kinds = ("existence", "colour", "count", "relation")
     shown = []
-    for number, item in enumerate(items):
+    for number, item in enumerate(item for item in items if item.questions):
         if len(shown) == count:
             break
         wanted = [q for q in item.questions if q.kind == kinds[number % len(kinds)]] or list(item.questions)

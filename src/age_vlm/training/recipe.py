@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -25,9 +26,14 @@ class ModelRecipe:
     vision: str | None = None
     checkpoint: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
-    image_size: int | None = None
+    image_size: int | list[int] | None = None
+    attention: str = "sdpa"
 
     def __post_init__(self):
+        if self.attention not in ("eager", "sdpa", "flex_attention"):
+            raise ValueError(f"model.attention: got '{self.attention}', expected 'eager', 'sdpa' or 'flex_attention'.")
+        if isinstance(self.image_size, list) and len(self.image_size) != 2:
+            raise ValueError(f"model.image_size: got {self.image_size}, expected a side, or a height and a width.")
         if self.preset not in PRESETS:
             nearest = get_close_matches(self.preset, PRESETS, n=1, cutoff=0.0)[0]
             raise ValueError(
@@ -64,6 +70,9 @@ class DataRecipe:
             raise ValueError(
                 f"data.masks: got '{self.masks}', expected 'own', or 'other' for the control with masks of other pictures."
             )
+        if len(self.crop) != 2:
+            raise ValueError(f"data.crop: got {self.crop}, expected a width and a height.")
+        _at_least(self, "data", 1, "train", "validation", "test")
 
 
 @dataclass
@@ -73,6 +82,10 @@ class WarmStartRecipe:
     steps: int = 0
     batch_size: int = 64
     learning_rate: float = 2e-3
+
+    def __post_init__(self):
+        _at_least(self, "warm_start", 0, "steps", "learning_rate")
+        _at_least(self, "warm_start", 1, "batch_size")
 
 
 @dataclass
@@ -102,9 +115,15 @@ class TrainingRecipe:
             )
         if self.precision not in ("fp32", "bf16", "fp16"):
             raise ValueError(f"training.precision: got '{self.precision}', expected 'fp32', 'bf16' or 'fp16'.")
-        for name in ("steps", "batch_size", "gradient_accumulation"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"training.{name}: got {getattr(self, name)}, expected at least 1.")
+        if self.schedule not in SCHEDULES:
+            nearest = get_close_matches(self.schedule, SCHEDULES, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"training.schedule: got '{self.schedule}', expected one of {', '.join(SCHEDULES)} (nearest: '{nearest}')."
+            )
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"training.warmup: got {self.warmup}, expected a share of the steps, from 0 to 1.")
+        _at_least(self, "training", 1, "steps", "batch_size", "gradient_accumulation", "log_every", "evaluate_every")
+        _at_least(self, "training", 0, "learning_rate", "weight_decay", "max_grad_norm", "workers")
 
 
 @dataclass
@@ -119,11 +138,23 @@ class Recipe:
     training: TrainingRecipe = field(default_factory=TrainingRecipe)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
 
+    def __post_init__(self):
+        _at_least(self, "", 0, "seed")
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
 
 
 PARTS = ("vision", "projector", "cross_attention", "language_model")
+# Those of transformers that need nothing but the number of steps.
+SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
+
+
+def _at_least(recipe: Any, section: str, lowest: float, *names: str) -> None:
+    for name in names:
+        if not getattr(recipe, name) >= lowest:
+            where = f"{section}.{name}" if section else name
+            raise ValueError(f"{where}: got {getattr(recipe, name)}, expected at least {lowest}.")
 
 
 def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
@@ -138,8 +169,10 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
         raise ValueError(f"recipe: '{path}' is not a file, expected a YAML file.")
     try:
         values = yaml.safe_load(path.read_text("utf-8")) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"recipe: '{path}' is not YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"recipe: '{path}' holds {values!r}, expected keys and values.")
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator:
@@ -150,7 +183,11 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
             target = target.setdefault(section, {})
             if not isinstance(target, dict):
                 raise ValueError(f"override: '{section}' in '{override}' has no keys of its own.")
-        target[name] = yaml.safe_load(value)
+        try:
+            target[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"override: the value in '{override}' is not YAML: {reason}.") from None
     return build(Recipe, values)
 
 
@@ -165,6 +202,8 @@ def build(cls: type, values: Any, where: str = ""):
         if key not in hints:
             nearest = get_close_matches(str(key), hints, n=1, cutoff=0.0)[0]
             raise ValueError(f"{name}: unknown key, expected one of {', '.join(hints)} (nearest: '{nearest}').")
+        if hints[key] is float and isinstance(value, str):
+            value = _number(value)
         if dataclasses.is_dataclass(hints[key]):
             value = build(hints[key], value, name)
         elif not _fits(value, hints[key]):
@@ -173,6 +212,14 @@ def build(cls: type, values: Any, where: str = ""):
             value = float(value)
         arguments[key] = value
     return cls(**arguments)
+
+
+def _number(text: str) -> float | str:
+    """YAML 1.1 reads 2e-3, without a point, as text."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -186,7 +233,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is not None:
         return isinstance(value, (list, tuple)) and all(_fits(item, arguments[0]) for item in value)
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,9 +24,10 @@ from transformers import (
 from ..configuration import IMAGE_SIZES, preset_config
 from ..data.collator import AgeVlmCollator, token_grid_size
 from ..data.sources import DataSource
+from ..hub import load_checkpoint
 from ..modeling_agevlm import AgeVlmForConditionalGeneration
 from ..modeling_agevlm.modeling_agevlm import reserved_image_token
-from ..processing import AgeVlmProcessor, square_image_processor
+from ..processing import AgeVlmProcessor, whole_image_processor
 from .recipe import ModelRecipe, Recipe, TrainingRecipe
 from .trainer import AgeVlmTrainer
 from .warm_start import warm_start
@@ -34,14 +36,21 @@ from .warm_start import warm_start
 def build_model(recipe: ModelRecipe, source: DataSource) -> tuple[AgeVlmForConditionalGeneration, AgeVlmProcessor]:
     """The model and processor that a recipe starts from."""
     if recipe.checkpoint is not None:
-        return (
-            AgeVlmForConditionalGeneration.from_pretrained(recipe.checkpoint, **recipe.config),
-            AgeVlmProcessor.from_pretrained(recipe.checkpoint),
-        )
-    if recipe.text is not None:
+        model, processor = load_checkpoint(recipe.checkpoint, "model.checkpoint", **recipe.config)
+    elif recipe.text is not None:
         model = AgeVlmForConditionalGeneration.from_backbones(recipe.text, recipe.vision, **recipe.config)
-        image_token = AgeVlmProcessor.from_backbones(recipe.text, recipe.vision, image_size=recipe.image_size)
-        return model, image_token
+        processor = AgeVlmProcessor.from_backbones(recipe.text, recipe.vision, image_size=recipe.image_size)
+    else:
+        model, processor = _model_from_preset(recipe, source)
+    model.set_attn_implementation({"text_config": recipe.attention})
+    return model, processor
+
+
+def _model_from_preset(
+    recipe: ModelRecipe, source: DataSource
+) -> tuple[AgeVlmForConditionalGeneration, AgeVlmProcessor]:
+    if "image_token_id" in recipe.config:
+        raise ValueError("model.config.image_token_id: got one, expected none: the tokenizer is made with the model.")
     tokenizer = source.tokenizer
     image_token, image_token_id = reserved_image_token(tokenizer)
     config = preset_config(recipe.preset, image_token_id=image_token_id, **recipe.config)
@@ -52,9 +61,9 @@ def build_model(recipe: ModelRecipe, source: DataSource) -> tuple[AgeVlmForCondi
         tokenizer.eos_token_id,
         tokenizer.pad_token_id,
     )
-    model = AgeVlmForConditionalGeneration(config)
     size = recipe.image_size or IMAGE_SIZES[recipe.preset]
-    return model, AgeVlmProcessor(square_image_processor(size), tokenizer, image_token=image_token)
+    processor = AgeVlmProcessor(whole_image_processor(size), tokenizer, image_token=image_token)
+    return AgeVlmForConditionalGeneration(config), processor
 
 
 def set_trainable(model: AgeVlmForConditionalGeneration, parts: Sequence[str]) -> None:
@@ -85,6 +94,7 @@ def training_arguments(recipe: TrainingRecipe, seed: int, folder: str | Path, pr
         max_grad_norm=recipe.max_grad_norm,
         bf16=recipe.precision == "bf16",
         fp16=recipe.precision == "fp16",
+        use_cpu=not torch.accelerator.is_available(),
         logging_steps=recipe.log_every,
         save_strategy="no",
         report_to="none",
@@ -119,21 +129,44 @@ def environment() -> dict[str, str | int]:
     }
 
 
-def new_run_folder(folder: str | Path, overwrite: bool) -> Path:
-    """Makes the folder of a run.
+@contextmanager
+def run_folder(folder: str | Path, overwrite: bool) -> Iterator[Path]:
+    """The folder of a run, as a context. An earlier run in it is gone only once this one is complete: where this one
+    fails, the earlier one is put back as it was.
 
     Raises:
-        ValueError: if it exists and `overwrite` is off, or if it is not one of ours.
+        ValueError: as `check_run_folder`.
     """
+    folder = Path(folder)
+    check_run_folder(folder, overwrite)
+    earlier = None
+    if (folder / "recipe.yaml").is_file():
+        earlier = Path(tempfile.mkdtemp(prefix=f".{folder.name}.earlier-", dir=folder.parent)) / folder.name
+        folder.rename(earlier)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+    except BaseException:
+        if earlier is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            earlier.rename(folder)
+            earlier.parent.rmdir()
+        elif not (folder / "metrics.json").exists() and (folder / "recipe.yaml").is_file():
+            # Nothing has come of it yet: the next try need not ask to overwrite it.
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if earlier is not None:
+        shutil.rmtree(earlier.parent)
+
+
+def check_run_folder(folder: str | Path, overwrite: bool) -> None:
+    """Raises ValueError if the folder exists and `overwrite` is off, or if it is not one of ours."""
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
         if not overwrite:
             raise ValueError(f"run folder: '{folder}' exists, expected a new one (or --overwrite to replace it).")
         if not (folder / "recipe.yaml").is_file():
             raise ValueError(f"run folder: '{folder}' holds no earlier run, and is not replaced even with --overwrite.")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def warm_vision(
@@ -187,6 +220,8 @@ def fit(
     """
     set_seed(recipe.seed)
     model, processor = build_model(recipe.model, source)
+    text = model.config.text_config
+    recipe.alignment.check(len(model.config.cross_attention_layers), text.num_attention_heads)
     curve = CurveCallback(lambda model: measure(model, processor), recipe.training.evaluate_every) if measure else None
     with tempfile.TemporaryDirectory(prefix="trainer-", dir=folder) as scratch:
         warm_vision(recipe, source, model.model.vision_tower, processor.image_processor, scratch, progress)
@@ -195,7 +230,12 @@ def fit(
             model,
             training_arguments(recipe.training, recipe.seed, scratch, progress),
             train_dataset=source.train,
-            data_collator=AgeVlmCollator(processor, token_grid_size(model, processor), independent_turns=True),
+            data_collator=AgeVlmCollator(
+                processor,
+                token_grid_size(model, processor),
+                independent_turns=True,
+                image_visibility=model.config.image_visibility,
+            ),
             callbacks=[curve] if curve else None,
             alignment=recipe.alignment,
         )

@@ -33,7 +33,7 @@ class AgeVlmTrainer(Trainer):
             raise ValueError("args.remove_unused_columns: got True, expected False: the collator needs every column.")
         self.alignment = alignment if alignment is not None else AlignmentConfig()
         self._sums: dict[str, torch.Tensor] = {}
-        self._logged_step = 0
+        self._summed_steps = 0
         self._groundings_in_step: torch.Tensor | None = None
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -43,6 +43,7 @@ class AgeVlmTrainer(Trainer):
         if self.args.average_tokens_across_devices and self.accelerator.num_processes > 1:
             count = self.accelerator.reduce(count)
         self._groundings_in_step = count
+        self._summed_steps += 1
         return batch_samples, num_items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -50,6 +51,8 @@ class AgeVlmTrainer(Trainer):
         grounding = {key: inputs.pop(key) for key in GROUNDING_KEYS if key in inputs}
         if grounding:
             inputs["cross_attention_rows"] = grounding["grounding_rows"]
+        # A loss reads no cache, and with one the model could not tell packed texts apart.
+        inputs.setdefault("use_cache", False)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         terms = {"lm_loss": loss.detach()}
         if grounding:
@@ -61,7 +64,9 @@ class AgeVlmTrainer(Trainer):
             )
             coverage = grounding["grounding_coverage"].to(attention.dtype)
             losses = alignment_losses(attention, coverage, self.alignment)
-            aligned = losses.mean() if num_items_in_batch is None else losses.sum() / self._groundings_per_rank()
+            # An evaluation batch is on its own: the step's count is of training batches.
+            alone = num_items_in_batch is None or not model.training
+            aligned = losses.mean() if alone else losses.sum() / self._groundings_per_rank()
             if self.alignment.weight:
                 loss = loss + self.alignment.weight * aligned.to(loss.dtype)
             heads = chosen_heads(self.alignment.heads, attention.shape[2])
@@ -86,7 +91,7 @@ class AgeVlmTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._sums:
-            steps = max(1, self.state.global_step - self._logged_step)
+            steps = max(1, self._summed_steps)
             names = ("lm_loss", "alignment_loss", "groundings", "attention_mass", "pointing_accuracy")
             sums = torch.stack(
                 [torch.as_tensor(self._sums.get(name, 0.0)).float().to(self.args.device) for name in names]
@@ -102,5 +107,5 @@ class AgeVlmTrainer(Trainer):
                     "attention_mass": mass / groundings,
                     "pointing_accuracy": hits / groundings,
                 }
-            self._sums, self._logged_step = {}, self.state.global_step
+            self._sums, self._summed_steps = {}, 0
         super().log(logs, *args, **kwargs)

@@ -53,8 +53,7 @@ def warm_start(
         labels: number of classes.
         folder: for the trainer's own use; nothing is kept there.
     """
-
-    samples = [pictures[index] for index in range(len(pictures))]
+    samples = [pictures[index] for index in range(min(len(pictures), steps * batch_size))]
     # Prepared once: the same pictures are seen in several epochs, and drawing them costs more than learning from them.
     prepared = image_processor(images=[sample["image"] for sample in samples], do_resize=False, return_tensors="pt")
     tensors = [

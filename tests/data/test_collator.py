@@ -1,0 +1,317 @@
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from age_vlm.data.collator import AgeVlmCollator, token_grid_size
+from age_vlm.data.schema import assistant_message, grounding, message_text, user_message
+from age_vlm.processing import AgeVlmProcessor
+
+
+SIDE = 32  # of the model's input, conftest's IMAGE_SIZE
+
+
+def picture(seed, size=(SIDE, SIDE)):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def box(size, left, top, right, bottom):
+    mask = np.zeros((size[1], size[0]), bool)
+    mask[top:bottom, left:right] = True
+    return mask
+
+
+def phrase(messages, message, words, image=0, size=(SIDE, SIDE), mask=None):
+    start = message_text(messages[message]).index(words)
+    mask = box(size, 0, 0, size[0] // 2, size[1]) if mask is None else mask
+    return grounding(message, start, start + len(words), image, mask)
+
+
+def sample(messages, images, groundings=(), name="one"):
+    return {"id": name, "images": list(images), "messages": messages, "groundings": list(groundings)}
+
+
+def turns(*pairs, images=1):
+    messages = []
+    for number, (question, answer) in enumerate(pairs):
+        messages += [user_message(question, images=0 if number else images), assistant_message(answer)]
+    return messages
+
+
+TALK = turns(("is there a dog?", "yes"), ("and a big cat?", "no, none"), ("what else?", "a red car"))
+
+
+@pytest.fixture(scope="module")
+def grid(model, processor):
+    return token_grid_size(model, processor)
+
+
+@pytest.fixture(scope="module")
+def make_collator(processor, grid):
+    return lambda **options: AgeVlmCollator(processor, grid, **options)
+
+
+def aligned(processor, batch):
+    """(row, position, slot) of each aligned token, and the character it stands for."""
+    rows = batch["grounding_rows"].tolist()
+    slots = batch["grounding_slots"].tolist()
+    texts = [processor.tokenizer.decode([batch["input_ids"][row, place]]) for row, place in rows]
+    return [(row, place, slot) for (row, place), slot in zip(rows, slots)], texts
+
+
+def test_the_grid_is_that_of_the_model_whatever_the_picture(model, processor, grid):
+    for size in ((32, 32), (90, 11)):
+        inputs = processor(images=[picture(0, size)], text=[processor.image_token], return_tensors="pt")
+        outputs = model(**inputs, cross_attention_rows=torch.tensor([[0, 1]]))
+        assert outputs.cross_attention_maps[0].shape[-1] == grid[0] * grid[1]
+
+
+@torch.no_grad()
+def test_packed_turns_learn_exactly_what_each_turn_alone_would(model, processor, make_collator):
+    talks = [sample(TALK, [picture(0)]), sample(turns(("what is it?", "a frog")), [picture(1)], name="two")]
+    packed = make_collator(independent_turns=True)(talks)
+    assert packed["input_ids"].shape[0] == 2 and "attention_mask" not in packed
+    outputs = model(**packed, num_items_in_batch=1, use_cache=False)
+
+    alone, losses = make_collator(), []
+    for talk in talks:
+        for start in range(0, len(talk["messages"]), 2):
+            question, answer = talk["messages"][start : start + 2]
+            messages = [user_message(message_text(question), images=1), answer]
+            losses.append(model(**alone([sample(messages, talk["images"])]), num_items_in_batch=1).loss)
+    assert len(losses) == 4
+    torch.testing.assert_close(outputs.loss, sum(losses), rtol=1e-5, atol=1e-4)
+    # And each token of a turn in particular, not only in sum.
+    last = model(**alone([sample([user_message("what else?", 1), TALK[-1]], [picture(0)])])).logits[0]
+    length = int((packed["input_ids"][0] != processor.tokenizer.pad_token_id).sum())
+    assert length == packed["input_ids"].shape[1]
+    torch.testing.assert_close(outputs.logits[0, -len(last) :], last, rtol=1e-4, atol=1e-4)
+
+
+def test_one_chat_is_what_the_processor_makes_of_it(processor, make_collator):
+    batch = make_collator()([sample(TALK, [picture(0, (50, 20))])])
+    text = processor.apply_chat_template(TALK, tokenize=False)
+    expected = processor(images=[picture(0, (50, 20))], text=[text], return_tensors="pt", add_special_tokens=False)
+    for name in ("input_ids", "attention_mask", "pixel_values"):
+        assert torch.equal(batch[name], expected[name]), name
+    assert "image_indices" not in batch and "grounding_rows" not in batch
+
+
+def test_pixels_and_masks_follow_the_exif_rotation(tmp_path, processor, make_collator):
+    upright = picture(3, (20, 40))
+    turned = upright.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn by a quarter to the right to see it upright"
+    turned.save(tmp_path / "turned.png", exif=exif)
+    stored = Image.open(tmp_path / "turned.png")
+    assert stored.size == (40, 20)
+    messages = turns(("a dog?", "yes"))
+    mask = box((20, 40), 0, 0, 20, 10)
+    batches = [
+        make_collator()([sample(messages, [image], [phrase(messages, 0, "dog", mask=mask)])])
+        for image in (stored, upright)
+    ]
+    assert torch.equal(batches[0]["pixel_values"], batches[1]["pixel_values"])
+    assert torch.equal(batches[0]["grounding_coverage"], batches[1]["grounding_coverage"])
+
+
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_coverage_is_the_share_of_each_cell_that_a_rectangle_covers(make_collator, grid, data):
+    width, height = (data.draw(st.integers(1, 80)) for _ in range(2))
+    left, top = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
+    right, bottom = data.draw(st.integers(left + 1, width)), data.draw(st.integers(top + 1, height))
+    messages = turns(("a dog?", "yes"))
+    size = (width, height)
+    mask = box(size, left, top, right, bottom)
+    image = Image.new("RGB", size)
+    batch = make_collator()([sample(messages, [image], [phrase(messages, 0, "dog", size=size, mask=mask)])])
+    # The processor stretches the whole picture, so cells are equal parts of the source.
+    rows, columns = grid
+    y, x = torch.linspace(0, height, rows + 1).double(), torch.linspace(0, width, columns + 1).double()
+    tall = (y[1:].clamp(max=bottom) - y[:-1].clamp(min=top)).clamp(min=0) / (height / rows)
+    wide = (x[1:].clamp(max=right) - x[:-1].clamp(min=left)).clamp(min=0) / (width / columns)
+    expected = (tall[:, None] * wide).flatten().float()
+    torch.testing.assert_close(batch["grounding_coverage"][0], expected, rtol=0, atol=1e-4)
+
+
+def test_the_last_or_every_token_of_a_phrase_is_aligned(processor, make_collator):
+    talk = sample(TALK, [picture(0)], [phrase(TALK, 2, "big cat"), phrase(TALK, 5, "red car")])
+    (first, second), texts = aligned(processor, make_collator(independent_turns=True)([talk]))
+    assert texts == ["t", "r"] and first[0] == second[0] == 0
+    batch = make_collator(phrase_rows="all")([talk])
+    places, texts = aligned(processor, batch)
+    assert "".join(texts) == "big catred car"
+    assert batch["grounding_coverage"].shape[0] == len(places)
+    with pytest.raises(ValueError, match="phrase_rows: got 'first'"):
+        make_collator(phrase_rows="first")
+
+
+def test_packed_groundings_point_at_their_own_turn(processor, make_collator):
+    talk = turns(("a dog?", "a dog"), ("a dog?", "a dog"))
+    groundings = [phrase(talk, message, "dog") for message in range(4)]
+    batch = make_collator(independent_turns=True)([sample(TALK, [picture(0)]), sample(talk, [picture(1)], groundings)])
+    places, texts = aligned(processor, batch)
+    assert texts == ["g"] * 4
+    assert [row for row, _, _ in places] == [1] * 4
+    positions = batch["position_ids"][1, [place for _, place, _ in places]].tolist()
+    assert positions[:2] == positions[2:] and places[1][1] < places[2][1]
+    # Both rows have one picture, seen by three and by two questions.
+    assert batch["image_indices"].tolist() == [0, 0, 0, 1, 1]
+
+
+MANY = [
+    {
+        "role": "user",
+        "content": [
+            {"type": "image", "text": None},
+            {"type": "text", "text": "here a dog, "},
+            {"type": "image", "text": None},
+            {"type": "text", "text": "there a cat and the dog"},
+        ],
+    },
+    assistant_message("yes"),
+]
+
+
+def test_slots_of_several_pictures_are_those_the_model_shows(make_model, processor, make_collator):
+    model = make_model(image_visibility="all_previous")
+    groundings = [
+        phrase(MANY, 0, "a dog", image=0),
+        phrase(MANY, 0, "a cat", image=1),
+        phrase(MANY, 0, "a cat", image=0),
+    ]
+    batch = make_collator(image_visibility="all_previous")(
+        [sample(turns(("hm?", "no"), images=0), []), sample(MANY, [picture(0), picture(1)], groundings)]
+    )
+    assert batch["grounding_slots"].tolist() == [0, 1, 0]
+    rows = batch.pop("grounding_rows")
+    tokens = batch.pop("grounding_coverage").shape[-1]
+    slots = batch.pop("grounding_slots")
+    maps = model(**batch, cross_attention_rows=rows).cross_attention_maps
+    mass = [maps[0][:, :, slot * tokens : (slot + 1) * tokens].sum(-1) for slot in (0, 1)]
+    assert mass[1][0].eq(0).all() and mass[0][0].gt(0.99).all()  # "a dog" stands before the second picture
+    for row, slot in zip((1, 2), slots[1:]):
+        assert mass[int(slot)][row].gt(0).all()
+
+
+def test_a_phrase_is_only_aligned_with_a_picture_that_it_sees(make_collator):
+    later = phrase(MANY, 0, "a dog", image=1)
+    earlier = phrase(MANY, 0, "a cat", image=0)
+    pictures = [picture(0), picture(1)]
+    for visibility, count in (("latest", 0), ("all_previous", 1)):
+        batch = make_collator(image_visibility=visibility)([sample(MANY, pictures, [later, earlier])])
+        assert len(batch.get("grounding_rows", ())) == count
+
+
+def test_a_later_question_sees_all_pictures_before_or_its_own(make_collator):
+    messages = turns(("what?", "a dog"), ("and?", "no"), images=2)
+    messages += [user_message("this one?", images=1), assistant_message("a cat"), user_message("so?")]
+    batch = make_collator(independent_turns=True)([sample(messages, [picture(0), picture(1), picture(2)])])
+    assert batch["image_indices"].tolist() == [0, 1, 0, 1, 2, 0, 1, 2]
+    assert batch["pixel_values"].shape[0] == 3
+
+
+def test_a_system_message_is_in_front_of_every_question(processor, make_collator):
+    system = {"role": "system", "content": [{"type": "text", "text": "be brief about the dog"}]}
+    groundings = [phrase(TALK, 2, "big cat")]
+    groundings[0]["message"] += 1
+    batch = make_collator(independent_turns=True)([sample([system, *TALK], [picture(0)], groundings)])
+    assert processor.tokenizer.decode(batch["input_ids"][0]).count("be brief") == 3
+    places, texts = aligned(processor, batch)
+    assert texts == ["t"]
+    assert "big" in processor.tokenizer.decode(batch["input_ids"][0, places[0][1] - 6 : places[0][1]])
+
+
+def test_batches_without_masks_or_pictures(model, make_collator):
+    for independent in (False, True):
+        collator = make_collator(independent_turns=independent)
+        batch = collator([sample(turns(("hi", "hello"), images=0), []), sample(turns(("hi?", "x"), images=0), [])])
+        assert not {"pixel_values", "grounding_rows", "image_indices"} & set(batch)
+        assert torch.isfinite(model(**batch, use_cache=False).loss)
+        mixed = collator(
+            [
+                sample(turns(("hi", "hello"), images=0), []),
+                sample(TALK, [picture(0)]),
+                sample(TALK, [picture(1)], [phrase(TALK, 0, "dog")]),
+            ]
+        )
+        assert mixed["grounding_rows"].shape == (1, 2) and mixed["grounding_rows"][0, 0] == 2
+        grounding_keys = ("grounding_rows", "grounding_slots", "grounding_coverage")
+        inputs = {key: value for key, value in mixed.items() if key not in grounding_keys}
+        assert torch.isfinite(model(**inputs, use_cache=False).loss)
+
+
+def test_a_message_without_a_question_is_one_text(make_collator):
+    only = sample([assistant_message("a dog")], [])
+    ids = [make_collator(independent_turns=independent)([only])["input_ids"] for independent in (False, True)]
+    assert torch.equal(*ids)
+
+
+def test_a_mask_of_nothing_aligns_nothing(make_collator):
+    empty = phrase(TALK, 0, "dog", mask=np.zeros((SIDE, SIDE), bool))
+    batch = make_collator()([sample(TALK, [picture(0)], [empty])])
+    assert "grounding_rows" not in batch
+
+
+def test_truncation_keeps_pictures_and_drops_groundings_that_it_cuts_off(make_collator):
+    groundings = [phrase(TALK, 0, "dog"), phrase(TALK, 5, "red car")]
+    whole = make_collator()([sample(TALK, [picture(0)], groundings)])
+    (_, early), (_, late) = whole["grounding_rows"].tolist()
+    for length, kept in ((late + 1, 2), (late, 1), (early, 0)):
+        talk = sample(TALK, [picture(0)], groundings)
+        batch = make_collator(max_length=length)([talk, sample(TALK, [picture(1)], groundings[:1], name="b")])
+        assert batch["input_ids"].shape[1] == length
+        assert torch.equal(batch["input_ids"][0], whole["input_ids"][0, :length])
+        rows = batch["grounding_rows"][:, 0].tolist() if "grounding_rows" in batch else []
+        assert rows.count(0) == kept and rows.count(1) == min(kept, 1)
+    with pytest.raises(ValueError, match="max_length: sample 'one' has .* a picture after token"):
+        make_collator(max_length=3)([sample(TALK, [picture(0)])])
+    with pytest.raises(ValueError, match="max_length: sample 'one'"):
+        make_collator(max_length=early + 5, independent_turns=True)([sample(TALK, [picture(0)])])
+
+
+def test_a_tokenizer_without_padding_token_will_do(processor, make_collator, grid):
+    talks = [sample(TALK, [picture(0)]), sample(TALK[:2], [picture(1)])]
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.pad_token = None
+    assert tokenizer.pad_token_id is None
+    batch = AgeVlmCollator(AgeVlmProcessor(processor.image_processor, tokenizer), grid)(talks)
+    expected = make_collator()(talks)
+    for name in ("labels", "attention_mask"):
+        assert torch.equal(batch[name], expected[name])
+    assert torch.equal(batch["input_ids"] * batch["attention_mask"], expected["input_ids"] * batch["attention_mask"])
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda s: s["groundings"][0].update(end=99), "character span .11, 99."),
+        (lambda s: s["images"].append(picture(1)), "2 images but 1 image parts"),
+        (lambda s: s["images"].__setitem__(0, picture(1, (10, 12))), "mask of 32 x 32 pixels, expected 10 x 12"),
+        (lambda s: s["groundings"][0].update(message=7), "message 7"),
+        (lambda s: s["messages"].clear(), "no messages"),
+        (lambda s: s["messages"].append(user_message("<|reserved_special_token_0|>")), "2 image tokens"),
+        (lambda s: s["messages"].__setitem__(0, {"role": "user", "content": "a dog?"}), "content of type str"),
+    ],
+)
+def test_a_bad_sample_is_refused_in_one_sentence(make_collator, change, words):
+    bad = sample([*TALK], [picture(0)], [phrase(TALK, 0, "dog")], name="bad one")
+    change(bad)
+    with pytest.raises(ValueError, match=f"sample 'bad one'.*{words}") as caught:
+        make_collator()([bad])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_collator_can_be_sent_to_another_process(make_collator):
+    collator = make_collator(independent_turns=True, phrase_rows="all", max_length=400)
+    talk = sample(TALK, [picture(0)], [phrase(TALK, 0, "dog")])
+    received = pickle.loads(pickle.dumps(collator))
+    for name, value in collator([talk]).items():
+        assert torch.equal(value, received([talk])[name]), name

@@ -1,0 +1,223 @@
+import os
+import re
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from age_vlm.cli import main
+from age_vlm.data.sources import load_source
+from age_vlm.hub import save_checkpoint
+from age_vlm.training.recipe import DataRecipe, ModelRecipe
+from age_vlm.training.run import build_model
+
+
+SHORT = [
+    "data.train=4",
+    "data.validation=1",
+    "data.test=2",
+    "warm_start.steps=0",
+    "training.steps=1",
+    "training.batch_size=2",
+]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    model, processor = build_model(ModelRecipe(), load_source(DataRecipe(train=1, validation=1, test=1), 0))
+    return str(save_checkpoint(model, processor, tmp_path_factory.mktemp("model") / "checkpoint"))
+
+
+@pytest.fixture
+def picture(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "picture.png")
+    return "picture.png"
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("name: short\n")
+    return "recipe.yaml"
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(capsys, arguments, words):
+    """One sentence on standard error, exit code 2."""
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    lines = [line for line in printed.err.splitlines() if line.startswith("age-vlm: ")]
+    assert len(lines) == 1 and printed.err.splitlines()[-1] == lines[0]
+    assert "Traceback" not in printed.err
+    assert re.search(words, lines[0]), lines[0]
+    assert lines[0].endswith(".") and not lines[0].endswith("..")
+    return printed
+
+
+# ask
+
+
+def test_ask_prints_the_answer_and_paints_where_it_looked(capsys, checkpoint, picture, tmp_path):
+    arguments = ["ask", "--model", checkpoint, "--image", picture, "is there a red circle ?"]
+    assert main([*arguments, "--overlay", "overlay.png", "--max-new-tokens", "3"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.endswith("\n") and printed.out.count("\n") == 1
+    with Image.open(tmp_path / "overlay.png") as sheet:
+        assert sheet.width > 224
+
+
+def broken_pictures(folder, picture):
+    whole = (folder / picture).read_bytes()
+    (folder / "text.png").write_text("no picture at all")
+    (folder / "truncated.png").write_bytes(whole[: len(whole) // 2])
+    Image.open(folder / picture).save(folder / "whole.jpg")
+    jpeg = (folder / "whole.jpg").read_bytes()
+    (folder / "truncated.jpg").write_bytes(jpeg[: len(jpeg) // 2])
+    (folder / "empty.png").write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("none.png", "'none.png' is not a file"),
+        (".", "'.' is not a file"),
+        ("text.png", "'text.png' is not a picture"),
+        ("empty.png", "'empty.png' is not a picture"),
+        ("truncated.png", "'truncated.png' is damaged"),
+        ("truncated.jpg", "'truncated.jpg' is damaged"),
+    ],
+)
+def test_ask_about_a_broken_picture(capsys, checkpoint, picture, tmp_path, name, words):
+    broken_pictures(tmp_path, picture)
+    assert refused(capsys, ["ask", "--model", checkpoint, "--image", name, "a dog ?"], words).out == ""
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["ask", "--model", "MODEL", "--image", "PICTURE", "  "], "question: got an empty text"),
+        (
+            ["ask", "--model", "MODEL", "--image", "PICTURE", "x", "--overlay", "no/o.png"],
+            "'no/o.png' is not in a folder",
+        ),
+        (["ask", "--model", ".", "--image", "PICTURE", "x"], "model: '.' could not be loaded as an AGE-VLM"),
+        (["ask", "--model", "MODEL", "--image", "PICTURE", "x", "--max-new-tokens", "0"], "max_new_tokens"),
+    ],
+)
+def test_ask_refuses(capsys, checkpoint, picture, arguments, words):
+    swap = {"MODEL": checkpoint, "PICTURE": picture}
+    refused(capsys, [swap.get(argument, argument) for argument in arguments], words)
+
+
+def test_arguments_that_are_missing(capsys):
+    stray = [["ask", "what ?", "--image", "a.png", "more"], ["train", "recipe.yaml", "--outptu", "out"]]
+    for arguments in ([], ["ask", "what ?"], ["trian", "recipe.yaml"], *stray):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 2
+        assert "usage:" in capsys.readouterr().err
+
+
+# train
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("model.preset=age-vlm-tinny", "model.preset: got 'age-vlm-tinny', .*nearest: 'age-vlm-tiny'"),
+        ("alignment.form=nil", "alignment.form: got 'nil', .*nearest: 'nll'"),
+        ("training.learning_rat=1", "training.learning_rat: unknown key, .*nearest: 'learning_rate'"),
+        ("alignment.layers=[7]", "alignment.layers: got 7"),
+        ("model.config={cross_attention_layer: [1]}", "cross_attention_layer: unknown option"),
+        ("model.checkpoint=nowhere", "model.checkpoint: 'nowhere' could not be loaded"),
+        ("data.kind=label_maps", "data: kind 'label_maps' needs images, labels and classes"),
+        ("seed", "override: got 'seed'"),
+    ],
+)
+def test_train_refuses_and_leaves_nothing(capsys, recipe, tmp_path, override, words):
+    refused(capsys, ["train", recipe, *SHORT, override], words)
+    assert list(files(tmp_path)) == [tmp_path / "recipe.yaml"]
+
+
+def test_overrides_may_stand_anywhere(capsys, recipe):
+    words = "training.steps: got 0"
+    refused(capsys, ["train", recipe, "training.steps=0", "--output", "out"], words)
+    refused(capsys, ["train", recipe, "--output", "out", "training.steps=0"], words)
+    refused(capsys, ["train", "--output", "out", recipe, "training.steps=0", "--overwrite"], words)
+    refused(capsys, ["demo", "--output", "out", "training.steps=0"], words)
+
+
+def test_train_without_a_recipe(capsys):
+    refused(capsys, ["train", "none.yaml"], "recipe: 'none.yaml' is not a file")
+
+
+def test_label_maps_of_another_size(capsys, recipe, tmp_path):
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    for number in range(4):
+        Image.new("RGB", (64, 48)).save(tmp_path / "images" / f"{number}.png")
+        Image.new("L", (48, 64)).save(tmp_path / "labels" / f"{number}.png")
+    data = ["data.kind=label_maps", "data.images=images", "data.labels=labels", "data.classes=[sky, road]"]
+    refused(capsys, ["train", recipe, *data], "48")
+
+
+def test_a_run_folder_is_only_replaced_when_asked(capsys, recipe, tmp_path):
+    arguments = ["train", recipe, *SHORT, "--output", "out"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "Report: out/report.html" in printed and "pope/adversarial/accuracy" in printed
+    before = files(tmp_path / "out")
+    refused(capsys, arguments, "run folder: 'out' exists")
+    # One that fails on its way, however far it came, leaves the earlier one.
+    refused(capsys, [*arguments, "alignment.layers=[9]", "--overwrite"], "alignment.layers: got 9")
+    assert files(tmp_path / "out") == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "recipe.yaml"]
+
+
+FULL = textwrap.dedent(
+    """
+    import resource, sys
+    from age_vlm.cli import main
+
+    # Files that grow beyond this fail to be written, as on a full disk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+    sys.exit(main(sys.argv[2:]))
+    """
+)
+
+
+def test_no_space_left_keeps_the_earlier_run(recipe, checkpoint, tmp_path):
+    earlier = tmp_path / "out"
+    earlier.mkdir()
+    (earlier / "recipe.yaml").write_text("name: earlier\n")
+    os.rename(checkpoint, earlier / "checkpoint")
+    try:
+        before = files(earlier)
+        size = (earlier / "checkpoint" / "model.safetensors").stat().st_size
+        arguments = ["train", recipe, *SHORT, "--output", "out", "--overwrite"]
+        done = subprocess.run(
+            [sys.executable, "-c", FULL, str(size // 2), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=180,
+        )
+        assert done.returncode == 2, done.stderr
+        assert "Traceback" not in done.stderr
+        assert re.match("age-vlm: checkpoint: .* could not be written: ", done.stderr.splitlines()[-1])
+        assert files(earlier) == before
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "recipe.yaml"]
+    finally:
+        os.rename(earlier / "checkpoint", checkpoint)

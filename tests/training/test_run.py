@@ -1,0 +1,219 @@
+import copy
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, TimmWrapperConfig, TimmWrapperModel
+
+from age_vlm.data.scenes_tokenizer import build_scenes_tokenizer
+from age_vlm.data.sources import load_source
+from age_vlm.training import AlignmentConfig
+from age_vlm.training.recipe import PARTS, DataRecipe, ModelRecipe, Recipe, TrainingRecipe, WarmStartRecipe
+from age_vlm.training.run import build_model, environment, fit, run_folder, set_trainable, training_arguments
+
+
+DATA = DataRecipe(train=8, validation=1, test=1)
+
+
+@pytest.fixture(scope="module")
+def source():
+    return load_source(DATA, 0)
+
+
+@pytest.fixture(scope="module")
+def backbones(tmp_path_factory):
+    """Folders of a random Llama, with the tokenizer of drawn scenes, and of a random timm ConvNeXt."""
+    folder = tmp_path_factory.mktemp("backbones")
+    tokenizer = build_scenes_tokenizer()
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "text")
+    tokenizer.save_pretrained(folder / "text")
+    arguments = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}
+    TimmWrapperModel(
+        TimmWrapperConfig.from_dict({"architecture": "convnext_atto", "num_classes": 0, "model_args": arguments})
+    ).save_pretrained(folder / "vision")
+    return folder
+
+
+def recipe_of(**sections):
+    training = {"steps": 3, "batch_size": 2, "learning_rate": 0.01, "log_every": 1, **sections.pop("training", {})}
+    return Recipe(data=DATA, training=TrainingRecipe(**training), **sections)
+
+
+def test_a_frozen_language_model_stays_the_llama_it_was(backbones, source, tmp_path):
+    model_recipe = ModelRecipe(
+        text=str(backbones / "text"),
+        vision=str(backbones / "vision"),
+        image_size=64,
+        config={"cross_attention_layers": [0, 2], "cross_attention_gate_init": 0.3},
+    )
+    recipe = recipe_of(model=model_recipe, training={"train": ["vision", "projector", "cross_attention"]})
+    torch.manual_seed(0)
+    before, _ = build_model(model_recipe, source)
+    model, _, _, _ = fit(recipe, source, tmp_path, progress=False)
+    llama = LlamaForCausalLM.from_pretrained(backbones / "text").eval()
+    ids = torch.randint(20, llama.config.vocab_size, (2, 11))
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, llama(ids).logits)
+    moved = dict(before.named_parameters())
+    for part in ("vision_tower", "multi_modal_projector", "cross_attention"):
+        names = [name for name, _ in model.named_parameters() if f".{part}." in name]
+        assert any(not torch.equal(model.get_parameter(name), moved[name]) for name in names), part
+
+
+def test_every_parameter_belongs_to_one_part(make_model):
+    model, trained = make_model(), {}
+    for part in PARTS:
+        set_trainable(model, [part])
+        trained[part] = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert trained[part]
+    everything = [name for names in trained.values() for name in names]
+    assert sorted(everything) == sorted(name for name, _ in model.named_parameters())
+    llama = LlamaForCausalLM(model.config.text_config)
+    renamed = {name.replace("model.language_model.", "model.") for name in trained["language_model"]}
+    assert renamed == {name for name, _ in llama.named_parameters()}
+
+
+def test_a_preset_takes_the_tokenizer_of_its_data(source):
+    model, processor = build_model(ModelRecipe(), source)
+    config = model.config
+    assert config.text_config.vocab_size == len(source.tokenizer) == model.get_input_embeddings().num_embeddings
+    assert config.image_token_id == processor.image_token_id
+    assert config.text_config.eos_token_id == source.tokenizer.eos_token_id
+    for settings, words in (
+        ({"image_token_id": 3}, "^model.config.image_token_id: got one"),
+        ({"cross_attention_layer": [0]}, "cross_attention_layer: unknown option"),
+        ({"cross_attention_layers": [9]}, "cross_attention_layers: got 9"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            build_model(ModelRecipe(config=settings), source)
+
+
+def test_a_recipe_goes_on_from_a_checkpoint(source, tmp_path):
+    model, processor = build_model(ModelRecipe(), source)
+    model.save_pretrained(tmp_path / "checkpoint")
+    processor.save_pretrained(tmp_path / "checkpoint")
+    again, _ = build_model(ModelRecipe(checkpoint=str(tmp_path / "checkpoint")), source)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    for checkpoint in (tmp_path, tmp_path / "none"):
+        with pytest.raises(ValueError, match="^model.checkpoint: '.*' could not be loaded as an AGE-VLM") as caught:
+            build_model(ModelRecipe(checkpoint=str(checkpoint)), source)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_seed_gives_the_same_run_again_and_measures_on_the_way(source, tmp_path):
+    recipe = recipe_of(seed=4, warm_start=WarmStartRecipe(steps=1, batch_size=4), training={"evaluate_every": 2})
+    seen = []
+
+    def measure(model, processor):
+        seen.append(model.training)
+        return {"norm": float(sum(parameter.norm() for parameter in model.parameters()))}
+
+    runs = [fit(copy.deepcopy(recipe), source, tmp_path, measure=measure, progress=False) for _ in range(2)]
+    (first, _, log, curve), (second, _, _, again) = runs
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name]), name
+    assert [point["step"] for point in curve] == [2, 3] and curve == again
+    assert not first.training
+    assert [entry["step"] for entry in log if "lm_loss" in entry] == [1, 2, 3]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_blocks_and_pictures_that_are_not_there_are_found_before_training(source, tmp_path):
+    with pytest.raises(ValueError, match="^alignment.layers: got 5"):
+        fit(recipe_of(alignment=AlignmentConfig(layers=[5])), source, tmp_path, progress=False)
+    bare = copy.copy(source)
+    bare.pictures = None
+    with pytest.raises(ValueError, match="^warm_start.steps: got 3, but this data has no single pictures"):
+        fit(recipe_of(warm_start=WarmStartRecipe(steps=3)), bare, tmp_path, progress=False)
+
+
+def test_training_arguments_are_those_of_the_recipe(tmp_path):
+    recipe = TrainingRecipe(
+        steps=40, batch_size=3, gradient_accumulation=2, learning_rate=0.3, weight_decay=0.2, warmup=0.1, workers=0
+    )
+    arguments = training_arguments(recipe, 5, tmp_path, progress=False)
+    assert (arguments.max_steps, arguments.per_device_train_batch_size) == (40, 3)
+    assert (arguments.gradient_accumulation_steps, arguments.learning_rate) == (2, 0.3)
+    assert (arguments.weight_decay, arguments.warmup_steps, arguments.seed) == (0.2, 4, 5)
+    assert not arguments.bf16 and not arguments.fp16 and not arguments.remove_unused_columns
+
+
+def test_the_environment_can_be_written_down():
+    assert torch.__version__ in json.dumps(environment())
+
+
+# Run folders
+
+
+def earlier_run(folder):
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text("name: earlier")
+    (folder / "checkpoint").mkdir()
+    (folder / "checkpoint" / "weights").write_bytes(b"earlier weights")
+
+
+def content(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_new_run_folder(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("new", "deep/new", "empty"):
+        with run_folder(tmp_path / name, overwrite=False) as folder:
+            (folder / "recipe.yaml").write_text("name: new")
+        assert content(tmp_path / name)
+
+
+def test_an_earlier_run_is_replaced_only_when_asked_and_only_by_a_whole_one(tmp_path):
+    earlier_run(tmp_path / "run")
+    before = content(tmp_path)
+    with pytest.raises(ValueError, match="^run folder: '.*run' exists, expected a new one .or --overwrite"):
+        with run_folder(tmp_path / "run", overwrite=False):
+            pytest.fail("was entered")
+    for error in (ValueError, KeyboardInterrupt):
+        with pytest.raises(error):
+            with run_folder(tmp_path / "run", overwrite=True) as folder:
+                (folder / "recipe.yaml").write_text("name: new")
+                (folder / "metrics.json").write_text("{}")
+                raise error
+        assert content(tmp_path) == before
+    with run_folder(tmp_path / "run", overwrite=True) as folder:
+        assert not content(folder)
+        (folder / "recipe.yaml").write_text("name: new")
+    assert list(content(tmp_path).values()) == [b"name: new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_what_is_no_run_is_never_replaced(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "draft.txt").write_text("years of work")
+    (tmp_path / "file").write_text("a file")
+    before = content(tmp_path)
+    for name in ("thesis", "file"):
+        with pytest.raises(ValueError, match="holds no earlier run, and is not replaced even with --overwrite"):
+            with run_folder(tmp_path / name, overwrite=True):
+                pytest.fail("was entered")
+    assert content(tmp_path) == before
+
+
+def test_a_run_that_failed_early_leaves_nothing_a_later_one_its_figures(tmp_path):
+    for done, left in (([], []), (["metrics.json"], ["metrics.json", "recipe.yaml"])):
+        with pytest.raises(RuntimeError):
+            with run_folder(tmp_path / "run", overwrite=False) as folder:
+                for name in ("recipe.yaml", *done):
+                    (folder / name).write_text("{}")
+                raise RuntimeError
+        assert sorted(path.name for path in tmp_path.rglob("*.*") if path.is_file()) == left

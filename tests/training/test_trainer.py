@@ -1,0 +1,307 @@
+import copy
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from age_vlm.data.collator import GROUNDING_KEYS, AgeVlmCollator, token_grid_size
+from age_vlm.data.schema import assistant_message, grounding, user_message
+from age_vlm.training import AgeVlmTrainer, AlignmentConfig
+from age_vlm.training.alignment import alignment_losses, picture_attention
+
+
+ALIGNMENT = AlignmentConfig(weight=0.7, layers=[0, 1])
+SGD = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+
+
+def talk(number, groundings, images=1, mask=None):
+    """Uneven texts, answers and numbers of masks, so that a mean of means is not the mean."""
+    rng = np.random.default_rng(number)
+    question = "is there a dog, a cat or a fox" + "?" * (number % 4)
+    messages = [user_message(question, images=images), assistant_message("yes" * (1 + number % 3))]
+    messages += [user_message("which one?"), assistant_message("the fox")]
+    spans = [(0, 11, 16), (0, 18, 23), (3, 0, 7)][:groundings]
+    masks = [rng.random((32, 32)) > 0.7 if mask is None else mask for _ in spans]
+    return {
+        "id": str(number),
+        "images": [Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(images)],
+        "messages": messages,
+        "groundings": [grounding(m, start, end, 0, mask) for (m, start, end), mask in zip(spans, masks)],
+    }
+
+
+TALKS = [talk(0, 3), talk(1, 0), talk(2, 1), talk(3, 0, images=0), talk(4, 2), talk(5, 0), talk(6, 1), talk(7, 3)]
+
+
+@pytest.fixture
+def make_trainer(make_model, processor, tmp_path):
+    """Settings -> a trainer of the same model on the same samples in the same order."""
+    grid = token_grid_size(make_model(), processor)
+
+    def make(batch=8, accumulation=1, steps=1, talks=TALKS, cls=AgeVlmTrainer, alignment=ALIGNMENT, **arguments):
+        settings = {
+            "output_dir": str(tmp_path / "trainer"),
+            "max_steps": steps,
+            "per_device_train_batch_size": batch,
+            "per_device_eval_batch_size": batch,
+            "gradient_accumulation_steps": accumulation,
+            "train_sampling_strategy": "sequential",
+            "logging_steps": 1,
+            "remove_unused_columns": False,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            **SGD,
+            **arguments,
+        }
+        collator = AgeVlmCollator(processor, grid, independent_turns=True)
+        if cls is Trainer:
+            kwargs = {"data_collator": lambda samples: without_masks(collator(samples))}
+        else:
+            kwargs = {"data_collator": collator, "alignment": alignment}
+        trainer = cls(make_model(), TrainingArguments(**settings), train_dataset=talks, eval_dataset=talks, **kwargs)
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    return make
+
+
+def without_masks(batch):
+    return {key: value for key, value in batch.items() if key not in GROUNDING_KEYS}
+
+
+def weights_after(trainer):
+    trainer.train()
+    return {name: parameter.detach() for name, parameter in trainer.model.named_parameters()}
+
+
+def assert_same(one, other, **tolerance):
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+def losses_of(model, collator, talks):
+    """(sum over tokens of the language modelling loss, tokens, alignment loss of each grounding), sample by sample."""
+    total, tokens, aligned = 0.0, 0, []
+    for sample in talks:
+        batch = collator([sample])
+        grounding = {key: batch.pop(key) for key in GROUNDING_KEYS if key in batch}
+        labels = batch["labels"]
+        outputs = model(**batch, cross_attention_rows=grounding.get("grounding_rows"), use_cache=False)
+        shifted = labels[:, 1:].flatten()
+        total = total + torch.nn.functional.cross_entropy(
+            outputs.logits[:, :-1].flatten(0, 1), shifted, reduction="sum"
+        )
+        tokens += int((shifted != -100).sum())
+        if grounding:
+            coverage = grounding["grounding_coverage"]
+            attention = picture_attention(
+                outputs.cross_attention_maps, grounding["grounding_slots"], coverage.shape[-1], ALIGNMENT.layers
+            )
+            aligned.append(alignment_losses(attention, coverage, ALIGNMENT))
+    return total, tokens, torch.cat(aligned)
+
+
+@pytest.mark.parametrize("batch, accumulation", [(8, 1), (1, 8), (3, 3)])
+def test_a_step_is_the_mean_over_all_tokens_and_groundings_however_it_is_cut(make_trainer, batch, accumulation):
+    trainer = make_trainer(batch=batch, accumulation=accumulation)
+    reference = copy.deepcopy(trainer.model).train()
+    total, tokens, aligned = losses_of(reference, trainer.data_collator, TALKS)
+    assert len(aligned) == 10
+    loss = total / tokens + ALIGNMENT.weight * aligned.mean()
+    loss.backward()
+    with torch.no_grad():
+        expected = {
+            name: p - SGD["learning_rate"] * (p.grad if p.grad is not None else 0)
+            for name, p in reference.named_parameters()
+        }
+    assert_same(weights_after(trainer), expected, rtol=1e-4, atol=1e-5)
+    logged = trainer.state.log_history[0]
+    assert logged["lm_loss"] == pytest.approx(float(total / tokens), rel=1e-4)
+    assert logged["alignment_loss"] == pytest.approx(float(aligned.mean()), rel=1e-4)
+    assert logged["loss"] == pytest.approx(float(loss), rel=1e-4)
+
+
+def test_every_line_of_the_log_adds_up(make_trainer):
+    trainer = make_trainer(batch=2, accumulation=2, steps=6, logging_steps=2)
+    trainer.train()
+    lines = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["step"] for entry in lines] == [2, 4, 6]
+    for entry in lines:
+        assert entry["loss"] == pytest.approx(entry["lm_loss"] + 0.7 * entry["alignment_loss"], rel=1e-4)
+        assert 0 <= entry["attention_mass"] <= 1 and 0 <= entry["pointing_accuracy"] <= 1
+
+
+def test_attention_is_logged_as_it_is_measured(make_trainer):
+    trainer = make_trainer()
+    batch = trainer.data_collator(TALKS)
+    grounding = {key: batch.pop(key) for key in GROUNDING_KEYS}
+    with torch.no_grad():
+        maps = trainer.model(**batch, cross_attention_rows=grounding["grounding_rows"]).cross_attention_maps
+    coverage = grounding["grounding_coverage"]
+    # One picture a row: the map is its attention. Half of four heads, both blocks.
+    attention = torch.stack(maps, 1)[:, :, :2].mean((1, 2))
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert logged["attention_mass"] == pytest.approx(float((attention * coverage).sum(-1).mean()), rel=1e-4)
+    hits = [float(cover[row.argmax()] > 0) for row, cover in zip(attention, coverage)]
+    assert logged["pointing_accuracy"] == pytest.approx(sum(hits) / len(hits))
+
+
+def test_training_aligns(make_trainer):
+    left = np.zeros((32, 32), bool)
+    left[:, :16] = True
+    talks = [talk(number, 3, mask=left) for number in range(4)]
+    trainer = make_trainer(talks=talks, batch=4, steps=20, optim="adamw_torch", learning_rate=1e-2)
+    trainer.train()
+    first, *_, last = (entry for entry in trainer.state.log_history if "loss" in entry)
+    assert last["attention_mass"] > first["attention_mass"] + 0.2
+    assert last["alignment_loss"] < first["alignment_loss"] and last["lm_loss"] < first["lm_loss"]
+
+
+def test_without_weight_it_is_the_plain_trainer(make_trainer):
+    options = {"steps": 3, "batch": 3, "accumulation": 2, "optim": "adamw_torch", "max_grad_norm": 1.0}
+    ours = make_trainer(alignment=AlignmentConfig(weight=0.0), **options)
+    plain = make_trainer(cls=Trainer, **options)
+    assert_same(weights_after(ours), weights_after(plain), rtol=0, atol=0)
+    for line, reference in zip(ours.state.log_history, plain.state.log_history):
+        if "loss" in line:
+            assert line["loss"] == reference["loss"] == pytest.approx(line["lm_loss"], rel=1e-5)
+            assert line["alignment_loss"] > 0  # still watched
+
+
+def test_a_batch_without_masks_or_pictures_is_trained_on(make_trainer):
+    for talks in ([talk(1, 0), talk(5, 0)], [talk(3, 0, images=0)]):
+        trainer = make_trainer(batch=2, talks=talks, steps=2)
+        trainer.train()
+        lines = [entry for entry in trainer.state.log_history if "loss" in entry]
+        assert len(lines) == 2
+        for entry in lines:
+            assert entry["loss"] == pytest.approx(entry["lm_loss"], rel=1e-5)
+            assert "alignment_loss" not in entry and "pointing_accuracy" not in entry
+
+
+@pytest.mark.parametrize("trained", ["before", "after"])
+def test_evaluation_takes_each_batch_by_itself(make_trainer, trained):
+    trainer = make_trainer(talks=TALKS[:3], batch=8, learning_rate=0.0)
+    if trained == "after":
+        trainer.train_dataset = TALKS
+        trainer.train()
+    loss = trainer.evaluate()["eval_loss"]
+    with torch.no_grad():
+        total, tokens, aligned = losses_of(trainer.model, trainer.data_collator, TALKS[:3])
+    assert loss == pytest.approx(float(total / tokens + ALIGNMENT.weight * aligned.mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_trains_the_aligned_blocks_alike(make_trainer, reentrant):
+    plain = weights_after(make_trainer())
+    checkpointed = make_trainer(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    assert_same(weights_after(checkpointed), plain, rtol=1e-4, atol=1e-5)
+    unaligned = weights_after(make_trainer(alignment=AlignmentConfig(weight=0.0)))
+    name = "model.language_model.layers.1.cross_attention.attn.q_proj.weight"
+    assert not torch.allclose(plain[name], unaligned[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["nll", "kl", "bce", "dice"])
+def test_mixed_precision_stays_finite(make_trainer, form):
+    trainer = make_trainer(bf16=True, steps=2, alignment=AlignmentConfig(form=form, heads="all"))
+    weights = weights_after(trainer)
+    assert all(torch.isfinite(value).all() for value in weights.values())
+    assert all(np.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_columns_must_be_kept(make_trainer):
+    with pytest.raises(ValueError, match="^args.remove_unused_columns: got True, expected False"):
+        make_trainer(remove_unused_columns=True)
+
+
+def test_a_block_that_is_not_there_is_one_sentence(make_trainer):
+    with pytest.raises(ValueError, match="^alignment.layers: got 2, expected 0 to 1: the model has 2 blocks"):
+        make_trainer(alignment=AlignmentConfig(layers=[2])).train()
+
+
+RANKS = textwrap.dedent(
+    """
+    import os, pickle, sys
+    import torch
+    from transformers import PrinterCallback, TrainingArguments
+    from age_vlm import AgeVlmForConditionalGeneration
+    from age_vlm.training import AgeVlmTrainer
+
+    def train(rank, folder):
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with open(f"{folder}/job.pickle", "rb") as file:
+            collator, alignment, cases, settings = pickle.load(file)
+        results = []
+        for talks, accumulation in cases:
+            arguments = TrainingArguments(
+                **settings, gradient_accumulation_steps=accumulation, use_cpu=True, ddp_backend="gloo"
+            )
+            model = AgeVlmForConditionalGeneration.from_pretrained(f"{folder}/model")
+            trainer = AgeVlmTrainer(
+                model, arguments, train_dataset=talks, data_collator=collator, alignment=alignment
+            )
+            assert trainer.accelerator.num_processes == 2
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+            results.append((trainer.state.log_history[0], dict(model.named_parameters())))
+        if rank == 0:
+            torch.save(results, f"{folder}/results.pt")
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+    if __name__ == "__main__":
+        torch.set_num_threads(1)
+        # Forked, not started anew: importing takes longer than training.
+        torch.multiprocessing.start_processes(train, (sys.argv[1],), nprocs=2, start_method="fork")
+    """
+)
+
+
+def test_two_processes_train_as_one_where_one_has_neither_picture_nor_mask(make_trainer, tmp_path):
+    text = [talk(3, 0, images=0), talk(9, 0, images=0)]
+    cases = [
+        ([TALKS[0], TALKS[2], *text], 1),  # the second process gets text only
+        ([TALKS[1], TALKS[5], TALKS[4], TALKS[7]], 1),  # the first one has pictures but no masks
+        ([*text, *text, TALKS[0], TALKS[2], *text], 2),  # masks in one micro-batch of one process
+    ]
+    reference = make_trainer()
+    reference.model.save_pretrained(tmp_path / "model")
+    settings = {
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": 1,
+        "per_device_train_batch_size": 2,
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 1,
+        "remove_unused_columns": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        **SGD,
+    }
+    with open(tmp_path / "job.pickle", "wb") as file:
+        pickle.dump((reference.data_collator, ALIGNMENT, cases, settings), file)
+    (tmp_path / "ranks.py").write_text(RANKS)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(tmp_path / "ranks.py"), str(tmp_path)]
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    for (talks, accumulation), (log, weights) in zip(cases, torch.load(tmp_path / "results.pt", weights_only=False)):
+        alone = make_trainer(batch=2, accumulation=2 * accumulation, talks=talks)
+        assert_same({k: v.detach() for k, v in weights.items()}, weights_after(alone), rtol=1e-4, atol=1e-5)
+        for name in ("loss", "lm_loss", "alignment_loss", "attention_mass", "pointing_accuracy"):
+            assert log[name] == pytest.approx(alone.state.log_history[0][name], rel=1e-4), name
