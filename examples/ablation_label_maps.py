@@ -65,7 +65,7 @@ def main() -> None:
     name = Path(options.output) / f"label-maps-{environment_name(results[0]['environment'])}"
     name.parent.mkdir(parents=True, exist_ok=True)
     write_csv(name.with_suffix(".csv"), rows)
-    write_markdown(name.with_suffix(".md"), rows, by="arm", seeds=len(options.seeds))
+    write_markdown(name.with_suffix(".md"), rows, by="arm")
     print(name.with_suffix(".md").read_text("utf-8"))
 
 

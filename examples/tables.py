@@ -25,12 +25,13 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     os.replace(temporary, path)
 
 
-def write_markdown(path: Path, rows: list[dict], *, by: str, seeds: int) -> None:
+def write_markdown(path: Path, rows: list[dict], *, by: str) -> None:
     """Figures down, arms across; each cell is the median over seeds, with the lowest and highest in brackets."""
     groups = list(dict.fromkeys(row[by] for row in rows))
+    counts = {group: sum(row[by] == group for row in rows) for group in groups}
     figures = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in (by, "seed")]
     lines = [
-        f"| median of {seeds} seeds (lowest to highest) | " + " | ".join(groups) + " |",
+        "| median (lowest to highest) | " + " | ".join(f"{group}, {counts[group]} runs" for group in groups) + " |",
         "|---" * (len(groups) + 1) + "|",
     ]
     for figure in figures:
