@@ -3,7 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from age_vlm.data.scenes import SceneConfig, draw_scene, scene_questions, scene_sample
+from age_vlm.data.scene_questions import scene_questions, scene_sample
+from age_vlm.data.scenes import SceneConfig, draw_scene
 from age_vlm.data.scenes_tokenizer import SPECIAL_TOKENS, build_scenes_tokenizer, build_word_tokenizer
 from age_vlm.data.schema import message_text
 
@@ -38,9 +39,9 @@ def test_special_tokens_are_llama_3s():
 def test_a_chat_turn_is_its_words_between_special_tokens():
     text = TURN.format("<|reserved_special_token_0|>is there a red circle?")
     tokens = TOKENIZER.tokenize(text)
-    header = ["<|start_header_id|>", "user", "<|end_header_id|>"]
+    header = "<|start_header_id|>user<|end_header_id|>"
     assert tokens == [
-        *header, "<|reserved_special_token_0|>", "is", "there", "a", "red", "circle", "?", "<|eot_id|>",
+        header, "<|reserved_special_token_0|>", "is", "there", "a", "red", "circle", "?", "<|eot_id|>",
     ]  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from age_vlm.data.collator import token_grid_size
-from age_vlm.data.scenes import scene_items
+from age_vlm.data.scene_datasets import scene_items
 from age_vlm.data.sources import load_source
 from age_vlm.evaluation.answers import generate_answers, yes_scores
 from age_vlm.evaluation.benchmark import answer_metrics, grounding_metrics, presence_auc, split_items

@@ -3,7 +3,7 @@ import torch
 
 from age_vlm.data.collator import AgeVlmCollator, token_grid_size
 from age_vlm.data.questions import EvaluationItem
-from age_vlm.data.scenes import scene_items
+from age_vlm.data.scene_datasets import scene_items
 from age_vlm.data.schema import message_text, validate_sample
 from age_vlm.evaluation.grounding import phrase_attention, phrase_samples
 

@@ -5,7 +5,8 @@ import torch
 from transformers import AutoModel
 
 from age_vlm.configuration import preset_config
-from age_vlm.data.scenes import IconsDataset, SceneConfig
+from age_vlm.data.scene_datasets import IconsDataset
+from age_vlm.data.scenes import SceneConfig
 from age_vlm.processing import whole_image_processor
 from age_vlm.training.warm_start import VisionClassifier, warm_start
 

@@ -21,8 +21,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from age_vlm.data.masks import encode_mask
-from age_vlm.data.questions import MODES, EvaluationItem, KindStatistics, Question, existence_negatives
-from age_vlm.data.scenes import NUMBER_WORDS
+from age_vlm.data.questions import MODES, NUMBER_WORDS, EvaluationItem, KindStatistics, Question, existence_negatives
 from age_vlm.data.schema import Sample, assistant_message, grounding, user_message
 
 

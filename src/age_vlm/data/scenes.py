@@ -1,4 +1,4 @@
-"""Drawn scenes, the embedded default: endless pictures of coloured shapes with exact masks, text and questions.
+"""Drawn scenes, the embedded default: endless pictures of coloured shapes with exact masks.
 
 A scene is a function of (seed, split, index) and nothing else. Training scenes carry a language prior on purpose: some
 kinds (colour and shape) are far more frequent than others, and each kind has a fixed partner that nearly always appears
@@ -8,27 +8,20 @@ with it. Validation and test scenes have neither: a model that answers from the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
 
-from .masks import MaskRLE, encode_mask
-from .questions import MODES, EvaluationItem, Question, existence_negatives
-from .schema import FEATURES, Grounding, Message, Sample, assistant_message, grounding, user_message
+from .questions import NUMBER_WORDS
 
-
-if TYPE_CHECKING:
-    import datasets
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 SIZES = ("small", "large")
-NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (222, 36, 36),
@@ -44,10 +37,7 @@ _RADIUS = {"small": 0.105, "large": 0.175}
 _STRETCH = {"circle": 0.95, "square": 0.86, "triangle": 1.2, "star": 1.28, "cross": 1.05, "ring": 1.08}
 
 # Separate random streams of one (seed, split, index): the text of a scene may change without its pixels.
-_PIXELS, _TEXT, _QUESTIONS, _ICONS = range(4)
-
-# Popular negatives come from this many of the most frequent absent kinds: POPE asks about three per picture and mode.
-_POPULAR_POOL = 3
+PIXELS, TEXT, QUESTIONS, ICONS = range(4)
 
 Kind = tuple[str, str]
 """(colour, shape)."""
@@ -167,9 +157,6 @@ class Scene:
     objects: tuple[SceneObject, ...]
 
 
-# Drawing ------------------------------------------------------------------------------------------------------------
-
-
 def draw_scene(split: Split, index: int, config: SceneConfig | None = None, seed: int = 0) -> Scene:
     """Draw scene number `index` of a split: always the same picture for the same arguments, and no other split has it.
 
@@ -177,23 +164,23 @@ def draw_scene(split: Split, index: int, config: SceneConfig | None = None, seed
         ValueError: unknown split, negative index or seed, or objects that do not fit into the picture.
     """
     config = config or SceneConfig()
-    rng = _generator(split, index, seed, _PIXELS)
+    rng = generator(split, index, seed, PIXELS)
     kinds = _biased_kinds(rng, config) if split == "train" else _uniform_kinds(rng, config)
     kinds = [kinds[i] for i in rng.permutation(len(kinds))]
     sizes = [SIZES[i] for i in rng.integers(len(SIZES), size=len(kinds))]
-    coverages = [_coverage(shape, size, config, rng) for (_, shape), size in zip(kinds, sizes, strict=True)]
+    coverages = [shape_coverage(shape, size, config, rng) for (_, shape), size in zip(kinds, sizes, strict=True)]
     corners, masks = _place(coverages, [colour for colour, _ in kinds], config, rng)
-    canvas = _background(config.size, rng)
+    canvas = background(config.size, rng)
     for (colour, _), coverage, corner in zip(kinds, coverages, corners, strict=True):
-        _paint(canvas, coverage, corner, colour, rng)
+        paint_shape(canvas, coverage, corner, colour, rng)
     objects = tuple(
         SceneObject(shape, colour, size, (x + coverage.shape[1] / 2, y + coverage.shape[0] / 2), mask)
         for (colour, shape), size, coverage, (x, y), mask in zip(kinds, sizes, coverages, corners, masks, strict=True)
     )
-    return Scene(f"scenes-{split}-{seed}-{index}", split, index, seed, _develop(canvas, config, rng), objects)
+    return Scene(f"scenes-{split}-{seed}-{index}", split, index, seed, develop(canvas, config, rng), objects)
 
 
-def _generator(split: str, index: int, seed: int, stream: int) -> np.random.Generator:
+def generator(split: str, index: int, seed: int, stream: int) -> np.random.Generator:
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}, expected one of {SPLITS}.")
     for name, value in (("index", index), ("seed", seed)):
@@ -287,7 +274,7 @@ def _uniform_kinds(rng: np.random.Generator, config: SceneConfig) -> list[Kind]:
     return kinds
 
 
-def _coverage(shape: str, size: str, config: SceneConfig, rng: np.random.Generator) -> np.ndarray:
+def shape_coverage(shape: str, size: str, config: SceneConfig, rng: np.random.Generator) -> np.ndarray:
     """A shape with smooth edges as the share of each pixel it covers: float32 of shape (patch, patch), 0 to 1."""
     radius = _RADIUS[size] * _STRETCH[shape] * config.size * rng.uniform(0.94, 1.06)
     tilt = rng.uniform(-0.2, 0.2)
@@ -344,7 +331,7 @@ def _place(
             else:
                 break
         # A pair that is apart sideways lets every scene ask about left and right.
-        if len(corners) == len(solid) and (len(solid) == 1 or _beside(_centres_x(corners, solid), side)):
+        if len(corners) == len(solid) and (len(solid) == 1 or beside(_centres_x(corners, solid), side)):
             return corners, visible
     raise ValueError(
         f"max_objects is {config.max_objects}, but that many do not fit into {side} pixels with "
@@ -362,13 +349,13 @@ def _centres_x(corners: Sequence[tuple[int, int]], patches: Sequence[np.ndarray]
     return [x + patch.shape[1] / 2 for (x, _), patch in zip(corners, patches, strict=True)]
 
 
-def _beside(centres: Sequence[float], side: int) -> list[tuple[int, int]]:
+def beside(centres: Sequence[float], side: int) -> list[tuple[int, int]]:
     """Pairs (i, j) of which i is clearly left of j."""
     margin = side / 8
     return [(i, j) for i, a in enumerate(centres) for j, b in enumerate(centres) if b - a >= margin]
 
 
-def _background(side: int, rng: np.random.Generator) -> np.ndarray:
+def background(side: int, rng: np.random.Generator) -> np.ndarray:
     """A greyish texture, float32 of shape (side, side, 3) in grey levels: clouds, a gradient, stripes or a weave."""
     tint = rng.uniform(-14, 14, size=3)
     canvas = np.empty((side, side, 3), dtype=np.float32)
@@ -393,7 +380,7 @@ def _background(side: int, rng: np.random.Generator) -> np.ndarray:
     return canvas
 
 
-def _paint(
+def paint_shape(
     canvas: np.ndarray, coverage: np.ndarray, corner: tuple[int, int], colour: str, rng: np.random.Generator
 ) -> None:
     height, width = coverage.shape
@@ -405,306 +392,10 @@ def _paint(
     region += coverage[..., None] * (paint.astype(np.float32) * shade - region)
 
 
-def _develop(canvas: np.ndarray, config: SceneConfig, rng: np.random.Generator) -> Image.Image:
+def develop(canvas: np.ndarray, config: SceneConfig, rng: np.random.Generator) -> Image.Image:
     noisy = canvas + rng.standard_normal(canvas.shape, dtype=np.float32) * config.noise
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 
 
-# Text ---------------------------------------------------------------------------------------------------------------
-
-_CAPTION_PROMPTS = ("describe the picture.", "what is in the picture?", "what do you see?")
-_EXISTENCE = ("is there a {} in the picture?", "is there a {}?", "do you see a {}?")
-_COUNT = ("how many {} are there?", "how many {} are in the picture?")
-_COLOUR = ("what colour is the {}?", "which colour has the {}?")
-_RELATION = ("is the {} {} of the {}?",)
-_SIDES = ("left", "right")
-
-
-@dataclass(frozen=True)
-class _Turn:
-    """A question, its answer, the span asked about, and the grounded spans of either text as (start, end, mask)."""
-
-    question: str
-    answer: str
-    about: tuple[int, int] | None = None
-    in_question: tuple[tuple[int, int, np.ndarray], ...] = ()
-    in_answer: tuple[tuple[int, int, np.ndarray], ...] = ()
-
-
-def _fill(template: str, *words: str) -> tuple[str, list[tuple[int, int]]]:
-    """Fill the places of a template; also the character span of each word put in."""
-    pieces = template.split("{}")
-    text, spans = pieces[0], []
-    for word, piece in zip(words, pieces[1:], strict=True):
-        spans.append((len(text), len(text) + len(word)))
-        text += word + piece
-    return text, spans
-
-
-def _plural(shape: str) -> str:
-    return f"{shape}es" if shape.endswith("s") else f"{shape}s"
-
-
-def _pick(options: Sequence[Any], rng: np.random.Generator) -> Any:
+def pick(options: Sequence[Any], rng: np.random.Generator) -> Any:
     return options[int(rng.integers(len(options)))]
-
-
-def _affinity(scene: Scene, config: SceneConfig) -> dict[Kind, float]:
-    """Rank of kinds as adversarial negatives: colour and shape both in the scene, else one of them, else neither."""
-    colours, shapes = {o.colour for o in scene.objects}, {o.shape for o in scene.objects}
-    return {kind: (kind[0] in colours) + (kind[1] in shapes) for kind in config.kinds}
-
-
-def _negatives(scene: Scene, config: SceneConfig, rng: np.random.Generator) -> dict[str, Kind]:
-    chosen = existence_negatives(
-        [o.kind for o in scene.objects],
-        config.kinds,
-        frequency=training_frequency(config),
-        affinity=_affinity(scene, config),
-        rng=rng,
-        pool=_POPULAR_POOL,
-    )
-    # A scene may show every kind of a tiny palette: then nothing is absent.
-    return {mode: kinds[0] for mode, kinds in chosen.items() if kinds}
-
-
-def _existence_turn(scene: Scene, kind: Kind, template: str) -> _Turn:
-    text, (span,) = _fill(template, " ".join(kind))
-    masks = [o.mask for o in scene.objects if o.kind == kind]
-    return _Turn(text, "yes" if masks else "no", span, tuple((*span, mask) for mask in masks))
-
-
-def _caption_turn(scene: Scene, rng: np.random.Generator) -> _Turn:
-    text, spans = "", []
-    for place, number in enumerate(rng.permutation(len(scene.objects))):
-        item = scene.objects[number]
-        if place:
-            text += " and " if place == len(scene.objects) - 1 else ", "
-        text += f"a {item.size} " if rng.random() < 0.5 else "a "
-        phrase = " ".join(item.kind)
-        spans.append((len(text), len(text) + len(phrase), item.mask))
-        text += phrase
-    return _Turn(_pick(_CAPTION_PROMPTS, rng), text, in_answer=tuple(spans))
-
-
-def _count_turn(scene: Scene, template: str, config: SceneConfig, rng: np.random.Generator) -> _Turn:
-    groups = [(_plural(shape), [o.mask for o in scene.objects if o.shape == shape]) for shape in config.shapes]
-    groups += [(f"{name} objects", [o.mask for o in scene.objects if o.colour == name]) for name in config.colours]
-    # The answer is chosen first, so that 'zero' is no better a guess than the others a scene allows.
-    answer = _pick(sorted({len(masks) for _, masks in groups}), rng)
-    noun, masks = _pick([group for group in groups if len(group[1]) == answer], rng)
-    text, (span,) = _fill(template, noun)
-    return _Turn(text, NUMBER_WORDS[answer], span, ((*span, np.logical_or.reduce(masks)),) if masks else ())
-
-
-def _colour_turn(scene: Scene, template: str, rng: np.random.Generator) -> _Turn | None:
-    """Ask the colour of the only object of its shape, or of its size and shape; None when there is no such object."""
-    options = []
-    for item in scene.objects:
-        alike = [o for o in scene.objects if o.shape == item.shape]
-        if len(alike) == 1:
-            options.append((item.shape, item))
-        elif sum(o.size == item.size for o in alike) == 1:
-            options.append((f"{item.size} {item.shape}", item))
-    if not options:
-        return None
-    noun, item = _pick(options, rng)
-    text, (span,) = _fill(template, noun)
-    return _Turn(text, item.colour, span, ((*span, item.mask),))
-
-
-def _relation_turn(scene: Scene, rng: np.random.Generator) -> _Turn | None:
-    """Ask whether one object is left or right of another; None when no two are clearly apart sideways."""
-    pairs = _beside([o.centre[0] for o in scene.objects], scene.image.width)
-    if not pairs:
-        return None
-    first, second = (scene.objects[i] for i in _pick(pairs, rng))
-    holds = "left"
-    if rng.random() < 0.5:
-        first, second, holds = second, first, "right"
-    side = _pick(_SIDES, rng)
-    text, spans = _fill(_RELATION[0], " ".join(first.kind), side, " ".join(second.kind))
-    grounded = ((*spans[0], first.mask), (*spans[2], second.mask))
-    return _Turn(text, "yes" if side == holds else "no", spans[0], grounded)
-
-
-def scene_sample(scene: Scene, rng: np.random.Generator | None = None, config: SceneConfig | None = None) -> Sample:
-    """The training text of a scene: a sample of the schema whose user and assistant pairs are independent turns.
-
-    One caption; up to four existence questions, half of them about absent objects (one adversarial negative, one random
-    or popular); one question each of count, colour and left or right where the scene allows it. The turns are in random
-    order. Every phrase that names something visible is grounded: its span ends with the shape (or the plural counted).
-
-    Args:
-        scene: a scene of any split.
-        rng: chooses the text; by default a generator of the scene's own, so the text of a scene is always the same.
-        config: the config the scene was drawn with.
-    """
-    config = config or SceneConfig()
-    rng = rng or _generator(scene.split, scene.index, scene.seed, _TEXT)
-    negatives = _negatives(scene, config, rng)
-    modes = ("adversarial", _pick(("random", "popular"), rng), "random", "popular")
-    # The modes choose independently, and may choose the same kind.
-    absent = list(dict.fromkeys(negatives[mode] for mode in modes if mode in negatives))[:2]
-    present = [scene.objects[i].kind for i in rng.permutation(len(scene.objects))[:2]]
-    pairs = min(len(present), len(absent))
-    turns = [_caption_turn(scene, rng)]
-    turns += [_existence_turn(scene, kind, _pick(_EXISTENCE, rng)) for kind in present[:pairs] + absent[:pairs]]
-    turns.append(_count_turn(scene, _pick(_COUNT, rng), config, rng))
-    turns += [t for t in (_colour_turn(scene, _pick(_COLOUR, rng), rng), _relation_turn(scene, rng)) if t]
-
-    messages: list[Message] = []
-    groundings: list[Grounding] = []
-    # An object is named in several turns; its mask is encoded once. The turns keep the arrays, and so their ids, alive.
-    encoded: dict[int, MaskRLE] = {}
-    for number in rng.permutation(len(turns)):
-        turn = turns[number]
-        pair = (user_message(turn.question, images=0 if messages else 1), assistant_message(turn.answer))
-        for message, spans in zip(pair, (turn.in_question, turn.in_answer), strict=True):
-            for start, end, mask in spans:
-                if id(mask) not in encoded:
-                    encoded[id(mask)] = encode_mask(mask)
-                groundings.append(grounding(len(messages), start, end, 0, encoded[id(mask)]))
-            messages.append(message)
-    return {"id": scene.id, "images": [scene.image], "messages": messages, "groundings": groundings}
-
-
-def scene_questions(scene: Scene, config: SceneConfig | None = None) -> tuple[Question, ...]:
-    """The evaluation questions of a scene, always the same ones for the same scene.
-
-    Existence: in each of POPE's modes one object that is there and one that is not. The random negative is uniform; the
-    popular one is among the three most frequent in training of those absent; the adversarial one has the colour of one
-    object and the shape of another. Where a tiny palette leaves no such kind, it shares colour or shape with an object,
-    and where even that is not to be had it is any absent kind; with nothing absent a mode asks nothing, so that yes and
-    no stay balanced. Then one question each of count, colour and left or right where the scene allows it.
-    """
-    config = config or SceneConfig()
-    rng = _generator(scene.split, scene.index, scene.seed, _QUESTIONS)
-    questions: list[Question] = []
-
-    def ask(turn: _Turn, name: str, kind: str, mode: str | None = None) -> None:
-        start, end, mask = turn.in_question[0] if turn.in_question else (*turn.about, None)
-        rle = None if mask is None else encode_mask(mask)
-        questions.append(
-            Question(f"{scene.id}/{name}", scene.id, turn.question, turn.answer, kind, mode, (start, end), rle)
-        )
-
-    negatives = _negatives(scene, config, rng)
-    present = [scene.objects[i].kind for i in rng.permutation(len(scene.objects))]
-    for number, mode in enumerate(mode for mode in MODES if mode in negatives):
-        for answer, kind in (("yes", present[number % len(present)]), ("no", negatives[mode])):
-            ask(_existence_turn(scene, kind, _EXISTENCE[0]), f"{mode}-{answer}", "existence", mode)
-    ask(_count_turn(scene, _COUNT[0], config, rng), "count", "count")
-    if turn := _colour_turn(scene, _COLOUR[0], rng):
-        ask(turn, "colour", "colour")
-    if turn := _relation_turn(scene, rng):
-        ask(turn, "relation", "relation")
-    return tuple(questions)
-
-
-def scene_texts(config: SceneConfig | None = None) -> Iterator[str]:
-    """Texts that together hold every word scenes of this config can say: what a closed vocabulary is built from."""
-    config = config or SceneConfig()
-    shapes, objects = [*config.shapes, *map(_plural, config.shapes)], [f"{colour} objects" for colour in config.colours]
-    yield from _CAPTION_PROMPTS
-    yield from (_fill(template, "")[0] for template in (*_EXISTENCE, *_COUNT, *_COLOUR))
-    yield from (_fill(template, "", side, "")[0] for template in _RELATION for side in _SIDES)
-    yield from (*shapes, *objects, *SIZES, *NUMBER_WORDS, "yes", "no", "a, and")
-
-
-# Datasets -----------------------------------------------------------------------------------------------------------
-
-
-class ScenesDataset(torch.utils.data.Dataset[Sample]):
-    """Training samples of the first `length` scenes of a split, drawn when first asked for and then kept in memory.
-
-    Item i is always the same picture with the same text (`scene_sample`), so what is made of it may be cached by i.
-
-    Raises:
-        ValueError: an unknown split, or a length below 1.
-    """
-
-    def __init__(self, split: Split, length: int, seed: int = 0, config: SceneConfig | None = None) -> None:
-        _generator(split, 0, seed, _PIXELS)
-        if length < 1:
-            raise ValueError(f"length is {length}, expected at least 1.")
-        self.split, self.length, self.seed, self.config = split, length, seed, config or SceneConfig()
-        self._samples: dict[int, Sample] = {}
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> Sample:
-        index = _position(index, self.length)
-        if index not in self._samples:
-            scene = draw_scene(self.split, index, self.config, self.seed)
-            self._samples[index] = scene_sample(scene, config=self.config)
-        return self._samples[index]
-
-
-class IconsDataset(torch.utils.data.Dataset[dict[str, Any]]):
-    """One object per picture, with its kind as the label: warms up a vision encoder without any mask.
-
-    Items are {"image": PIL RGB, "label": int}; `class_names[label]` is "<colour> <shape>". `jitter` is how far the
-    object may be from the middle, as a share of the room there is: 0 is centred, 1 anywhere. `side` is that of the picture
-    in pixels, the scenes' own by default; objects keep the size they have in scenes, so a smaller one is mostly object
-    and cheaper to learn from. Icons are drawn on every access and not kept.
-
-    Raises:
-        ValueError: an unknown split, a length below 1, a jitter outside 0 to 1, or a side that is too small for an object.
-    """
-
-    def __init__(
-        self,
-        length: int,
-        seed: int = 0,
-        split: Split = "train",
-        config: SceneConfig | None = None,
-        jitter: float = 1.0,
-        side: int | None = None,
-    ) -> None:
-        _generator(split, 0, seed, _ICONS)
-        if length < 1:
-            raise ValueError(f"length is {length}, expected at least 1.")
-        if not 0 <= jitter <= 1:
-            raise ValueError(f"jitter is {jitter}, expected a share from 0 to 1.")
-        self.split, self.length, self.seed, self.config = split, length, seed, config or SceneConfig()
-        self.jitter = jitter
-        self.side = side or self.config.size
-        if 2 * self.side < self.config.size:
-            raise ValueError(f"side is {side}, expected at least {-(-self.config.size // 2)}, half of a scene's.")
-        self.class_names = tuple(" ".join(kind) for kind in self.config.kinds)
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        rng = _generator(self.split, _position(index, self.length), self.seed, _ICONS)
-        label = int(rng.integers(len(self.config.kinds)))
-        colour, shape = self.config.kinds[label]
-        coverage = _coverage(shape, _pick(SIZES, rng), self.config, rng)
-        room = [(self.side - extent) / 2 for extent in coverage.shape[::-1]]
-        x, y = (round(free * (1 + self.jitter * rng.uniform(-1, 1))) for free in room)
-        canvas = _background(self.side, rng)
-        _paint(canvas, coverage, (x, y), colour, rng)
-        return {"image": _develop(canvas, self.config, rng), "label": label}
-
-
-def _position(index: int, length: int) -> int:
-    if not -length <= index < length:
-        raise IndexError(f"index is {index}, expected one below {length}.")
-    return int(index) % length
-
-
-def scene_items(split: Split, n: int, seed: int = 0, config: SceneConfig | None = None) -> list[EvaluationItem]:
-    """The first `n` scenes of a split with their evaluation questions."""
-    scenes = (draw_scene(split, index, config, seed) for index in range(n))
-    return [EvaluationItem(scene.id, scene.image, scene_questions(scene, config)) for scene in scenes]
-
-
-def to_dataset(split: Split, n: int, seed: int = 0, config: SceneConfig | None = None) -> datasets.Dataset:
-    """The first `n` training samples of a split as a `datasets.Dataset` with the features of the schema."""
-    from datasets import Dataset
-
-    samples = ScenesDataset(split, n, seed, config)
-    return Dataset.from_list([samples[i] for i in range(n)], features=FEATURES)

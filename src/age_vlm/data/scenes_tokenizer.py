@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from .scenes import SceneConfig, scene_texts
+from .scene_questions import scene_texts
+from .scenes import SceneConfig
 
 
 BOS, EOT, PAD, UNKNOWN = "<|begin_of_text|>", "<|eot_id|>", "<|finetune_right_pad_id|>", "<unk>"

@@ -67,7 +67,8 @@ def load_source(recipe: DataRecipe, seed: int) -> DataSource:
 
 
 def _scenes(recipe: DataRecipe, seed: int) -> DataSource:
-    from .scenes import IconsDataset, SceneConfig, ScenesDataset, scene_items
+    from .scene_datasets import IconsDataset, ScenesDataset, scene_items
+    from .scenes import SceneConfig
     from .scenes_tokenizer import build_scenes_tokenizer
 
     config = SceneConfig()

@@ -1,0 +1,124 @@
+"""Drawn scenes as data sets: training samples, evaluation pictures, and icons to warm a vision encoder up."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .questions import EvaluationItem
+from .scene_questions import scene_questions, scene_sample
+from .scenes import (
+    ICONS,
+    PIXELS,
+    SIZES,
+    SceneConfig,
+    Split,
+    background,
+    develop,
+    draw_scene,
+    generator,
+    paint_shape,
+    pick,
+    shape_coverage,
+)
+from .schema import FEATURES, Sample
+
+
+if TYPE_CHECKING:
+    import datasets
+
+
+class ScenesDataset(torch.utils.data.Dataset[Sample]):
+    """Training samples of the first `length` scenes of a split, drawn when first asked for and then kept in memory.
+
+    Item i is always the same picture with the same text (`scene_sample`), so what is made of it may be cached by i.
+
+    Raises:
+        ValueError: an unknown split, or a length below 1.
+    """
+
+    def __init__(self, split: Split, length: int, seed: int = 0, config: SceneConfig | None = None) -> None:
+        generator(split, 0, seed, PIXELS)
+        if length < 1:
+            raise ValueError(f"length is {length}, expected at least 1.")
+        self.split, self.length, self.seed, self.config = split, length, seed, config or SceneConfig()
+        self._samples: dict[int, Sample] = {}
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Sample:
+        index = _position(index, self.length)
+        if index not in self._samples:
+            scene = draw_scene(self.split, index, self.config, self.seed)
+            self._samples[index] = scene_sample(scene, config=self.config)
+        return self._samples[index]
+
+
+class IconsDataset(torch.utils.data.Dataset[dict[str, Any]]):
+    """One object per picture, with its kind as the label: warms up a vision encoder without any mask.
+
+    Items are {"image": PIL RGB, "label": int}; `class_names[label]` is "<colour> <shape>". `jitter` is how far the
+    object may be from the middle, as a share of the room there is: 0 is centred, 1 anywhere. `side` is that of the picture
+    in pixels, the scenes' own by default; objects keep the size they have in scenes, so a smaller one is mostly object
+    and cheaper to learn from. Icons are drawn on every access and not kept.
+
+    Raises:
+        ValueError: an unknown split, a length below 1, a jitter outside 0 to 1, or a side that is too small for an object.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        seed: int = 0,
+        split: Split = "train",
+        config: SceneConfig | None = None,
+        jitter: float = 1.0,
+        side: int | None = None,
+    ) -> None:
+        generator(split, 0, seed, ICONS)
+        if length < 1:
+            raise ValueError(f"length is {length}, expected at least 1.")
+        if not 0 <= jitter <= 1:
+            raise ValueError(f"jitter is {jitter}, expected a share from 0 to 1.")
+        self.split, self.length, self.seed, self.config = split, length, seed, config or SceneConfig()
+        self.jitter = jitter
+        self.side = side or self.config.size
+        if 2 * self.side < self.config.size:
+            raise ValueError(f"side is {side}, expected at least {-(-self.config.size // 2)}, half of a scene's.")
+        self.class_names = tuple(" ".join(kind) for kind in self.config.kinds)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rng = generator(self.split, _position(index, self.length), self.seed, ICONS)
+        label = int(rng.integers(len(self.config.kinds)))
+        colour, shape = self.config.kinds[label]
+        coverage = shape_coverage(shape, pick(SIZES, rng), self.config, rng)
+        room = [(self.side - extent) / 2 for extent in coverage.shape[::-1]]
+        x, y = (round(free * (1 + self.jitter * rng.uniform(-1, 1))) for free in room)
+        canvas = background(self.side, rng)
+        paint_shape(canvas, coverage, (x, y), colour, rng)
+        return {"image": develop(canvas, self.config, rng), "label": label}
+
+
+def _position(index: int, length: int) -> int:
+    if not -length <= index < length:
+        raise IndexError(f"index is {index}, expected one below {length}.")
+    return int(index) % length
+
+
+def scene_items(split: Split, n: int, seed: int = 0, config: SceneConfig | None = None) -> list[EvaluationItem]:
+    """The first `n` scenes of a split with their evaluation questions."""
+    scenes = (draw_scene(split, index, config, seed) for index in range(n))
+    return [EvaluationItem(scene.id, scene.image, scene_questions(scene, config)) for scene in scenes]
+
+
+def to_dataset(split: Split, n: int, seed: int = 0, config: SceneConfig | None = None) -> datasets.Dataset:
+    """The first `n` training samples of a split as a `datasets.Dataset` with the features of the schema."""
+    from datasets import Dataset
+
+    samples = ScenesDataset(split, n, seed, config)
+    return Dataset.from_list([samples[i] for i in range(n)], features=FEATURES)
