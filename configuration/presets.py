@@ -16,7 +16,7 @@ AGE_VLM_TINY = {
         "model_type": "llama",
         "vocab_size": 256,
         "hidden_size": 96,
-        "intermediate_size": 192,
+        "intermediate_size": 256,
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
@@ -41,7 +41,6 @@ AGE_VLM_TINY = {
     },
     "image_token_id": 5,
     "cross_attention_layers": [1, 2],
-    "cross_attention_intermediate_size": 128,
     "cross_attention_gate_init": 0.5,
 }
 

@@ -39,9 +39,9 @@ def test_special_tokens_are_llama_3s():
 def test_a_chat_turn_is_its_words_between_special_tokens():
     text = TURN.format("<|reserved_special_token_0|>is there a red circle?")
     tokens = TOKENIZER.tokenize(text)
-    header = "<|start_header_id|>user<|end_header_id|>"
+    header = ["<|start_header_id|>", "user", "<|end_header_id|>"]
     assert tokens == [
-        header, "<|reserved_special_token_0|>", "is", "there", "a", "red", "circle", "?", "<|eot_id|>",
+        *header, "<|reserved_special_token_0|>", "is", "there", "a", "red", "circle", "?", "<|eot_id|>",
     ]  # fmt: skip
 
 

@@ -22,8 +22,6 @@ SPECIAL_TOKENS = (
     EOT,
     *(f"<|reserved_special_token_{number}|>" for number in range(4)),
     UNKNOWN,
-    # The header of a turn as one token: the text is Llama 3's, a quarter shorter for a model that reads nothing else.
-    *(f"<|start_header_id|>{role}<|end_header_id|>" for role in ("system", "user", "assistant")),
 )
 
 # Roles of the chat template, and what a person may well say to a model whose own texts never use it.
