@@ -69,12 +69,15 @@ class AgeVlmCollator:
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
         images, image_indices = [], []
+        # One picture object in several samples, as in evaluation questions about it, is prepared and encoded once.
+        numbers: dict[int, int] = {}
         rows = []
         groundings: list[tuple[int, int, int, torch.Tensor]] = []
         for batch_index, sample in enumerate(samples):
             validate_sample(sample)
-            first_image = len(images)
-            images.extend(sample["images"])
+            for image in sample["images"]:
+                if numbers.setdefault(id(image), len(images)) == len(images):
+                    images.append(image)
             ids, labels, positions = [], [], []
             for chat, chat_images, chat_groundings in self._chats(sample):
                 tokens = chat.input_ids.count(self.processor.image_token_id)
@@ -85,7 +88,7 @@ class AgeVlmCollator:
                     )
                 for token, slot, coverage in self._aligned_tokens(sample, chat, chat_images, chat_groundings):
                     groundings.append((batch_index, len(ids) + token, slot, coverage))
-                image_indices.extend(first_image + image for image in chat_images)
+                image_indices.extend(numbers[id(sample["images"][image])] for image in chat_images)
                 ids.extend(chat.input_ids)
                 labels.extend(chat.labels)
                 positions.extend(range(len(chat.input_ids)))

@@ -88,7 +88,10 @@ def _label_maps(recipe: DataRecipe, seed: int) -> DataSource:
     split = LabelMaps(recipe.images, recipe.labels, recipe.classes, ignore=recipe.ignore).split(recipe.held_out)
     size = tuple(recipe.crop)
     statistics = class_statistics(split.train, size=size)
-    validation, test = (label_map_items(part, statistics, size=size) for part in (split.validation, split.test))
+    validation, test = (
+        label_map_items(part, statistics, size=size, per_frame=recipe.crops_per_frame)
+        for part in (split.validation, split.test)
+    )
     return DataSource(
         train=LabelMapsDataset(split.train, length=recipe.train, seed=seed, size=size),
         validation=validation[: recipe.validation],

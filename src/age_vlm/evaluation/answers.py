@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
 from ..data.questions import EvaluationItem, Question
+from ..processing.images_agevlm import load_rgb
 
 
 @torch.inference_mode()
@@ -42,28 +44,38 @@ def yes_scores(model, processor, items: Sequence[EvaluationItem], *, batch_size:
 
 
 def _batches(model, processor, items, batch_size) -> Iterator[tuple[list[Question], dict]]:
-    """Batches of questions of similar length: little padding, and the pictures of a batch are prepared once each."""
-    asked = [(item, question) for item in items for question in item.questions]
-    asked.sort(key=lambda pair: len(pair[1].text))
-    texts = {}
-    for start in range(0, len(asked), batch_size):
-        part = asked[start : start + batch_size]
-        for _, question in part:
-            if question.text not in texts:
-                message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]}
-                texts[question.text] = processor.apply_chat_template(
-                    [message], add_generation_prompt=True, tokenize=False
-                )
-        inputs = processor(
-            images=[item.image for item, _ in part],
-            text=[texts[question.text] for _, question in part],
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-            add_special_tokens=False,
-        )
-        inputs.pop("token_type_ids", None)
-        yield [question for _, question in part], inputs.to(model.device)
+    """Batches of whole pictures with all their questions. Where the model lets several texts share a picture, as ours
+    does, a picture is prepared and encoded once; a peer gets it again for each question."""
+    shares = "image_indices" in inspect.signature(model.forward).parameters
+    for part in _chunks(items, batch_size):
+        asked = [(number, question) for number, item in enumerate(part) for question in item.questions]
+        texts = [_prompt(processor, question.text) for _, question in asked]
+        options = {"padding": True, "padding_side": "left", "return_tensors": "pt", "add_special_tokens": False}
+        if shares:
+            inputs = processor.tokenizer(texts, **options)
+            images = [load_rgb(item.image) for item in part]
+            inputs |= processor.image_processor(images=images, return_tensors="pt")
+            inputs["image_indices"] = torch.tensor([number for number, _ in asked])
+        else:
+            inputs = processor(images=[part[number].image for number, _ in asked], text=texts, **options)
+        inputs = {key: value.to(model.device) for key, value in inputs.items() if key != "token_type_ids"}
+        yield [question for _, question in asked], inputs
+
+
+def _chunks(items, batch_size) -> Iterator[list[EvaluationItem]]:
+    part: list[EvaluationItem] = []
+    for item in items:
+        if part and sum(len(other.questions) for other in [*part, item]) > batch_size:
+            yield part
+            part = []
+        part.append(item)
+    if part:
+        yield part
+
+
+def _prompt(processor, question: str) -> str:
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+    return processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
 
 
 @contextmanager

@@ -57,6 +57,7 @@ class DataRecipe:
     ignore: list[int] = field(default_factory=list)
     crop: list[int] = field(default_factory=lambda: [256, 192])
     held_out: float = 0.2
+    crops_per_frame: int = 8
     masks: str = "own"
 
     def __post_init__(self):
@@ -72,7 +73,7 @@ class DataRecipe:
             )
         if len(self.crop) != 2:
             raise ValueError(f"data.crop: got {self.crop}, expected a width and a height.")
-        _at_least(self, "data", 1, "train", "validation", "test")
+        _at_least(self, "data", 1, "train", "validation", "test", "crops_per_frame")
 
 
 @dataclass
