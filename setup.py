@@ -12,23 +12,27 @@ CHECKPOINT_CODE = {
     "age_vlm.processing": "processing",
 }
 
+# Upper bounds stand where a new major release may break what is used here, lower ones at the oldest release with it.
 INSTALL_REQUIRES = [
-    "torch>=2.6",  # first release whose SDPA and flex attention transformers 5 relies on
-    "torchvision>=0.21",  # goes with torch 2.6; timm and the image processors need it
+    "torch>=2.6,<3",  # first release whose SDPA and flex attention transformers 5 relies on
+    "torchvision>=0.21,<1",  # goes with torch 2.6; timm and the image processors need it
     "transformers>=5.16,<6",  # the cache and generation hooks of 5.16; a new major breaks model code
     "timm>=1.0.15,<2",  # feature lists with pruned stages as the tiny preset builds them
     "datasets>=4.0,<6",  # `List` features
     "accelerate>=1.10,<2",  # required by transformers.Trainer 5
-    "safetensors>=0.5",  # sharded, atomic weight files
+    "safetensors>=0.5,<1",  # sharded, atomic weight files
     "huggingface-hub>=1.5,<3",  # required by transformers 5
-    "peft>=0.18,<1",  # first release for transformers 5
-    "pillow>=10.1",  # ImageOps.exif_transpose(in_place) and modern resampling names
-    "pycocotools>=2.0.8",  # wheels for NumPy 2
+    "peft>=0.18,<1",  # LoRA; first release for transformers 5
+    "pillow>=10.1,<15",  # ImageOps.exif_transpose(in_place) and modern resampling names
+    "pycocotools>=2.0.8,<3",  # wheels for NumPy 2
     "torchmetrics>=1.5,<2",  # AUROC as the field computes it
-    "jinja2>=3.1",  # chat templates and the report
-    "matplotlib>=3.8",  # curves and colour maps
-    "rich>=13",  # tables on the terminal
-    "pyyaml>=6",  # recipes
+    "jinja2>=3.1,<4",  # chat templates and the report
+    "matplotlib>=3.8,<4",  # curves and colour maps
+    "rich>=13,<16",  # tables on the terminal
+    "pyyaml>=6,<7",  # recipes
+    "numpy>=1.26,<3",  # masks and drawing
+    "tokenizers>=0.22,<1",  # the word-level tokenizer of models from scratch
+    "tqdm>=4.66,<5",  # progress bars
 ]
 
 EXTRAS_REQUIRE = {

@@ -22,9 +22,9 @@ from age_vlm.data.collator import token_grid_size
 from age_vlm.data.questions import EvaluationItem
 from age_vlm.data.sources import load_source
 from age_vlm.evaluation.answers import yes_scores
+from age_vlm.evaluation.attention import chosen_heads
 from age_vlm.evaluation.benchmark import split_items
 from age_vlm.evaluation.grounding import PhraseAttention, phrase_attention, phrase_samples
-from age_vlm.training.alignment import chosen_heads
 from age_vlm.training.pipeline import curve_measure
 from age_vlm.training.recipe import Recipe
 from age_vlm.training.run import CurveCallback, build_model, environment, fit, train, training_arguments, warm_vision
@@ -70,18 +70,23 @@ def run_arm(recipe: Recipe, arm: str, *, curve_on: str, figures) -> dict:
         "parameters": sum(p.numel() for p in model.parameters()),
         "curve": curve,
         "environment": environment(),
-        "prior": source.prior,
     }
-    best = None
+    result["recipe"] = dataclasses.asdict(recipe)
+    best = best_head = None
     for part in ("validation", "test"):
         items = getattr(source, part)
         phrases = attention(model, processor, items)
         layers, heads = range(phrases.attention.shape[1]), range(phrases.attention.shape[2])
         if best is None:  # chosen on validation, reported on test
             best = max(layers, key=lambda layer: float(phrases.scores([layer], heads)[1].mean()))
+            single = [(layer, head) for layer in layers for head in heads]
+            best_head = max(single, key=lambda pair: float(phrases.scores([pair[0]], [pair[1]])[1].mean()))
         result[part] = figures(model, processor, items)
         result[part]["pointing, best layer"] = float(phrases.scores([best], heads)[1].mean())
         result[part]["attention mass, best layer"] = float(phrases.scores([best], heads)[0].mean())
+        result[part]["pointing, best head"] = float(phrases.scores([best_head[0]], [best_head[1]])[1].mean())
+        result[part]["pointing, chance"] = float((phrases.coverage > 0).float().mean())
+        result[part]["attention mass, chance"] = float(phrases.coverage.mean())
         if arm != "concatenation":
             mass, hits = phrases.scores(recipe.alignment.layers, chosen_heads(recipe.alignment.heads, len(heads)))
             result[part] |= {"attention mass": float(mass.mean()), "pointing": float(hits.mean())}
@@ -178,11 +183,11 @@ def concatenation_attention(model, processor, items: Sequence[EvaluationItem], b
         weights = torch.stack([layer[rows, :, last] for layer in outputs.attentions], dim=1)
         weights = torch.stack([weights[row][:, :, image[row]] for row in rows])
         attention.append(weights / weights.sum(-1, keepdim=True))
-        side = round(tokens**0.5)
         for sample in part:
             mask = torch.from_numpy(decode_mask(sample["groundings"][0]["mask"]))
             geometry = image_geometry(processor.image_processor, *mask.shape)
-            coverage.append(geometry.mask_coverage(mask[None], side, side)[0].flatten())
+            grid = [side // processor.patch_size for side in geometry.size]
+            coverage.append(geometry.mask_coverage(mask[None], *grid)[0].flatten())
     model.set_attn_implementation(implementation)
     return PhraseAttention(torch.cat(attention), torch.stack(coverage), questions)
 
@@ -216,7 +221,19 @@ def run_all(script: str, jobs: Sequence[tuple[str, list[str]]], work: Path, work
                 other.terminate()
             raise SystemExit(f"{path.stem} failed, see {path.with_suffix('.log')}")
         print(f"done: {path.stem}", flush=True)
-    return [json.loads(path.read_text("utf-8")) for path in results]
+    loaded = [json.loads(path.read_text("utf-8")) for path in results]
+    for path, result in zip(results, loaded):
+        if _without_arm(result["recipe"]) != _without_arm(loaded[0]["recipe"]):
+            raise SystemExit(f"{path} is of another recipe than {results[0]}: name another --work")
+    return loaded
+
+
+def _without_arm(recipe: dict) -> dict:
+    """A recipe without what differs from arm to arm and from seed to seed."""
+    data = {key: value for key, value in recipe["data"].items() if key != "masks"}
+    alignment = {key: value for key, value in recipe["alignment"].items() if key != "weight"}
+    training = {key: value for key, value in recipe["training"].items() if key != "learning_rate"}
+    return {**recipe, "seed": None, "data": data, "alignment": alignment, "training": training}
 
 
 def save_result(path: Path, result: dict) -> None:

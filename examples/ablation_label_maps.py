@@ -8,6 +8,7 @@ paired: both arms of a seed start from the same weights and see the same crops.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 from ablation import ARMS, arm_recipe, run_all, run_arm, save_result
@@ -19,6 +20,10 @@ from age_vlm.evaluation.answers import yes_scores
 from age_vlm.evaluation.benchmark import split_items
 from age_vlm.evaluation.metrics import auc, class_auc, macro_auc
 from age_vlm.training.recipe import load_recipe
+
+
+# A class that nearly every picture shows, or none, has an AUC of chance: also the mean over those with this many of each.
+BALANCED = 20
 
 
 def main() -> None:
@@ -39,9 +44,9 @@ def main() -> None:
     options = parser.parse_args()
 
     data = [
-        f"data.images={options.images}",
-        f"data.labels={options.labels}",
-        f"data.classes=[{', '.join(options.classes)}]",
+        f"data.images={json.dumps(options.images)}",
+        f"data.labels={json.dumps(options.labels)}",
+        f"data.classes={json.dumps(options.classes)}",
         f"data.ignore={options.ignore}",
     ]
     recipe = load_recipe(options.recipe, [*data, *options.set])
@@ -64,9 +69,9 @@ def main() -> None:
     rows += prior_rows(recipe)
     name = Path(options.output) / f"label-maps-{environment_name(results[0]['environment'])}"
     name.parent.mkdir(parents=True, exist_ok=True)
-    write_csv(name.with_suffix(".csv"), rows)
-    write_markdown(name.with_suffix(".md"), rows, by="arm")
-    print(name.with_suffix(".md").read_text("utf-8"))
+    write_csv(Path(f"{name}.csv"), rows)
+    write_markdown(Path(f"{name}.md"), rows, by="arm")
+    print(Path(f"{name}.md").read_text("utf-8"))
 
 
 def class_name(question: Question) -> str:
@@ -95,20 +100,31 @@ def figures_of_scores(scores: dict[str, float], items) -> dict:
         part = split_items(items, lambda question, mode=mode: question.mode == mode)
         questions = [question for item in part for question in item.questions]
         right = sum((scores[q.id] > 0) == (q.answer == "yes") for q in questions)
-        figures[f"{mode} accuracy"] = right / len(questions)
+        if questions:
+            figures[f"{mode} accuracy"] = right / len(questions)
     return figures
 
 
 def row(result: dict, small: list[str]) -> dict:
     test = result["test"]
+    small = [name.lower() for name in small]
     pointing = [value for name, value in test.get("pointing by class", {}).items() if name in small]
+    balanced = [
+        value
+        for name, value in test["AUC by class"].items()
+        if min(test["absent by class"][name], test["present by class"][name]) >= BALANCED
+    ]
     return {
         "arm": result["arm"],
         "seed": result["seed"],
         "parameters": result["parameters"],
         **{key: value for key, value in test.items() if not isinstance(value, dict)},
+        f"AUC, mean over classes with {BALANCED} of each": sum(balanced) / len(balanced) if balanced else "",
         **({"pointing, mean over small classes": sum(pointing) / len(pointing)} if pointing else {}),
-        **{f"AUC {name}": value for name, value in test["AUC by class"].items()},
+        **{
+            f"AUC {name} ({test['present by class'][name]} present, {test['absent by class'][name]} absent)": value
+            for name, value in test["AUC by class"].items()
+        },
     }
 
 

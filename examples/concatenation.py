@@ -8,7 +8,7 @@ import copy
 
 import torch
 from torch import nn
-from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaModel, LlavaProcessor
+from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration, LlavaModel, LlavaProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from age_vlm import AgeVlmConfig
@@ -39,7 +39,7 @@ class ConcatenationModel(LlavaModel):
         )
         tokens = self.multi_modal_projector(tokens)
         tokens = tokens + position_encoding_2d(rows, columns, tokens.shape[-1], like=tokens)
-        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=tokens)
+        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=list(tokens))
 
 
 class ConcatenationForConditionalGeneration(LlavaForConditionalGeneration):
@@ -52,10 +52,12 @@ class ConcatenationForConditionalGeneration(LlavaForConditionalGeneration):
 def concatenation_model(config: AgeVlmConfig, intermediate_size: int) -> ConcatenationForConditionalGeneration:
     text = copy.deepcopy(config.text_config)
     text.intermediate_size = intermediate_size
+    vision = copy.deepcopy(config.vision_config)
+    vision.hidden_size = vision_width(AutoModel.from_config(vision), vision)
     return ConcatenationForConditionalGeneration(
         LlavaConfig(
             text_config=text,
-            vision_config=copy.deepcopy(config.vision_config),
+            vision_config=vision,
             image_token_index=config.image_token_id,
             vision_feature_select_strategy="full",
             vision_feature_layer=-1,

@@ -1,6 +1,7 @@
 """Results as files: a CSV row a run, and a Markdown table of medians and ranges over seeds."""
 
 import csv
+import math
 import os
 import re
 import statistics
@@ -37,21 +38,22 @@ def write_markdown(path: Path, rows: list[dict], *, by: str) -> None:
     for figure in figures:
         cells = []
         for group in groups:
-            values = [row.get(figure, "") for row in rows if row[by] == group]
+            values = [row.get(figure) for row in rows if row[by] == group]
             cells.append(_cell(values))
         lines.append(f"| {figure} | " + " | ".join(cells) + " |")
     path.write_text("\n".join(lines) + "\n", "utf-8")
 
 
 def _cell(values: list) -> str:
-    numbers = [value for value in values if isinstance(value, (int, float))]
+    """`never` stands for a step that was not reached: later than any number."""
+    numbers = [math.inf if value == "never" else value for value in values if value not in (None, "")]
     if not numbers:
-        return "never" if "" in values and len(values) > 1 else "-"
-    shown = [
-        f"{v:.0f}" if abs(v) >= 10 or (isinstance(v, int) and v) else f"{v:.3g}"
-        for v in (statistics.median(numbers), min(numbers), max(numbers))
-    ]
-    if min(numbers) == max(numbers) and len(numbers) == len(values):
-        return shown[0]
-    missing = f", {len(values) - len(numbers)} never" if len(numbers) < len(values) else ""
-    return f"{shown[0]} ({shown[1]} to {shown[2]}{missing})"
+        return "-"
+    shown = [_number(value) for value in (statistics.median(numbers), min(numbers), max(numbers))]
+    return shown[0] if shown[1] == shown[2] else f"{shown[0]} ({shown[1]} to {shown[2]})"
+
+
+def _number(value: float) -> str:
+    if math.isinf(value):
+        return "never"
+    return f"{value:.0f}" if abs(value) >= 10 or isinstance(value, int) else f"{value:.3g}"

@@ -15,6 +15,7 @@ from .cross_attention_agevlm import AgeVlmGate, AgeVlmTextModel, AgeVlmTextModel
 from .image_masks_agevlm import place_images
 from .vision_agevlm import (
     AgeVlmMultiModalProjector,
+    AgeVlmProjection,
     drop_unused_head,
     feature_map,
     image_shape,
@@ -75,9 +76,8 @@ class AgeVlmPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, AgeVlmGate):
             init.constant_(module.weight, module.start)
-        elif isinstance(module, AgeVlmMultiModalProjector):
-            # Of unit scale whatever the encoder's width: what is seen must not drown in where it is seen.
-            init.normal_(module.linear.weight, std=module.linear.in_features**-0.5)
+        elif isinstance(module, AgeVlmProjection):
+            init.normal_(module.weight, std=module.in_features**-0.5)
 
 
 class AgeVlmModel(AgeVlmPreTrainedModel):

@@ -92,13 +92,18 @@ def position_encoding_2d(rows: int, columns: int, width: int, like: torch.Tensor
     return torch.cat([row, column], dim=-1).flatten(0, 1).to(like.dtype)
 
 
+class AgeVlmProjection(nn.Linear):
+    """Starts at unit scale whatever the encoder's width: what is seen must not drown in where it is seen. A class of its
+    own, as transformers initialises custom modules by their class, and only those that hold parameters themselves."""
+
+
 class AgeVlmMultiModalProjector(nn.Module):
     """One linear layer to the language model's width (paper), behind a norm: encoders differ in scale by orders."""
 
     def __init__(self, vision_width: int, text_width: int):
         super().__init__()
         self.norm = nn.LayerNorm(vision_width)
-        self.linear = nn.Linear(vision_width, text_width)
+        self.linear = AgeVlmProjection(vision_width, text_width)
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
         """(images, tokens, vision width) -> (images, tokens, text width)"""

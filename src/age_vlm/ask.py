@@ -14,11 +14,12 @@ from .analysis.overlay import overlay_sheet
 from .data.chat import ChatEncoder
 from .data.collator import token_grid_size
 from .data.schema import assistant_message, user_message
+from .evaluation.attention import chosen_heads, picture_attention
 from .hub import load_checkpoint
 from .modeling_agevlm import AgeVlmForConditionalGeneration
 from .processing import AgeVlmProcessor
 from .processing.images_agevlm import load_rgb
-from .training.alignment import AlignmentConfig, chosen_heads, picture_attention
+from .training.alignment import AlignmentConfig
 
 
 # Words that name nothing in a picture.

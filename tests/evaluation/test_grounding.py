@@ -15,7 +15,14 @@ def items():
 
 def test_samples_are_the_questions_about_what_can_be_seen(items):
     samples, questions = phrase_samples(items)
-    expected = [q.id for item in items for q in item.questions if q.mask is not None and q.phrase is not None]
+    first = {}
+    for item in items:
+        for question in item.questions:
+            if question.mask is not None and question.phrase is not None:
+                first.setdefault((item.image_id, question.text), question.id)
+    expected = list(first.values())
+    again = [EvaluationItem(item.image_id, item.image, item.questions * 2) for item in items]
+    assert phrase_samples(again)[1] == questions
     assert [question.id for question in questions] == [sample["id"] for sample in samples] == expected
     assert 0 < len(samples) < sum(len(item.questions) for item in items)
     for sample, question in zip(samples, questions):

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from age_vlm.training.alignment import FORMS, AlignmentConfig, alignment_losses, chosen_heads, picture_attention
+from age_vlm.evaluation.attention import chosen_heads
+from age_vlm.training.alignment import FORMS, AlignmentConfig, alignment_losses
 
 
 CELLS = 12
@@ -111,17 +112,6 @@ def test_only_the_chosen_heads_are_trained():
     assert chosen_heads("half", 1) == [0]
 
 
-def test_picture_attention_is_that_of_each_rows_own_slot():
-    maps = [torch.rand(3, 2, 4 * CELLS) for _ in range(3)]
-    slots = torch.tensor([2, 0, 3])
-    attention = picture_attention(maps, slots, CELLS, [2, 0])
-    assert attention.shape == (3, 2, 2, CELLS)
-    for row, slot in enumerate(slots.tolist()):
-        for place, layer in enumerate((2, 0)):
-            own = maps[layer][row, :, slot * CELLS : (slot + 1) * CELLS]
-            assert torch.equal(attention[row, place], own)
-
-
 @pytest.mark.parametrize(
     "settings, words",
     [
@@ -140,15 +130,6 @@ def test_settings_that_mean_nothing_are_refused(settings, words):
 
 
 def test_blocks_and_heads_that_the_model_lacks_are_refused():
-    maps = [attention_of(0, 1, 2, CELLS)] * 2
-    slot = torch.tensor([0])
-    for layer in (2, -1):
-        with pytest.raises(ValueError, match=f"^alignment.layers: got {layer}, expected 0 to 1: the model has 2"):
-            picture_attention(maps, slot, CELLS, [0, layer])
-    with pytest.raises(ValueError, match="^alignment.heads: got 5, expected 0 to 3"):
-        chosen_heads([0, 5], 4)
-    with pytest.raises(ValueError, match="^grounding_coverage: got 5 image tokens"):
-        picture_attention(maps, slot, 5, [0])
     AlignmentConfig(layers=[1], heads=[3]).check(2, 4)
     with pytest.raises(ValueError, match="alignment.layers"):
         AlignmentConfig(layers=[1]).check(1, 4)

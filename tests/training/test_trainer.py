@@ -14,8 +14,9 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from age_vlm.data.collator import GROUNDING_KEYS, AgeVlmCollator, token_grid_size
 from age_vlm.data.schema import assistant_message, grounding, user_message
+from age_vlm.evaluation.attention import picture_attention
 from age_vlm.training import AgeVlmTrainer, AlignmentConfig
-from age_vlm.training.alignment import alignment_losses, picture_attention
+from age_vlm.training.alignment import alignment_losses
 
 
 ALIGNMENT = AlignmentConfig(weight=0.7, layers=[0, 1])

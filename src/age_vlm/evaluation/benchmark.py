@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from ..data.questions import MODES, EvaluationItem
-from ..training.alignment import AlignmentConfig, chosen_heads
 from .answers import generate_answers, yes_scores
+from .attention import chosen_heads
 from .grounding import phrase_attention
 from .metrics import accuracy_by_kind, macro_auc
 from .pope import join_answers, score
+
+
+if TYPE_CHECKING:
+    from ..training.alignment import AlignmentConfig
 
 
 def split_items(items: Sequence[EvaluationItem], wanted) -> list[EvaluationItem]:

@@ -11,8 +11,8 @@ from torch import Tensor
 from ..data.collator import GROUNDING_KEYS, AgeVlmCollator
 from ..data.questions import EvaluationItem, Question
 from ..data.schema import Sample, user_message
-from ..training.alignment import picture_attention
 from .answers import _evaluating
+from .attention import picture_attention
 from .metrics import attention_mass, pointing_hit
 
 
@@ -32,12 +32,15 @@ class PhraseAttention:
 
 
 def phrase_samples(items: Sequence[EvaluationItem]) -> tuple[list[Sample], list[Question]]:
-    """The questions that name something visible, each as a sample whose phrase is grounded."""
-    samples, questions = [], []
+    """The questions that name something visible, each as a sample whose phrase is grounded; once, where POPE's modes ask
+    the same."""
+    samples, questions, asked = [], [], set()
     for item in items:
         for question in item.questions:
-            if question.mask is None or question.phrase is None:
+            key = item.image_id, question.text
+            if question.mask is None or question.phrase is None or key in asked:
                 continue
+            asked.add(key)
             start, end = question.phrase
             grounding = {"message": 0, "start": start, "end": end, "image": 0, "mask": question.mask}
             samples.append(

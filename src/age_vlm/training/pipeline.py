@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -92,15 +93,18 @@ def curve_measure(recipe: Recipe, items: Sequence[EvaluationItem], pictures: int
     items = items[:pictures]
     asked = split_items(items, lambda question: question.kind == "existence" and question.mode == "adversarial")
     questions = [question for item in asked for question in item.questions]
+    visible = split_items(items, lambda question: question.mask is not None)
 
     def measure(model, processor) -> dict[str, float]:
-        scores = yes_scores(model, processor, asked)
-        right = sum((scores[question.id] > 0) == (question.answer == "yes") for question in questions)
-        grid = token_grid_size(model, processor)
-        return {
-            "adversarial_accuracy": right / len(questions),
-            **grounding_metrics(model, processor, asked, grid, recipe.alignment),
-        }
+        figures = {}
+        if questions:
+            scores = yes_scores(model, processor, asked)
+            right = sum((scores[question.id] > 0) == (question.answer == "yes") for question in questions)
+            figures["adversarial_accuracy"] = right / len(questions)
+        if visible:
+            grid = token_grid_size(model, processor)
+            figures |= grounding_metrics(model, processor, asked or visible, grid, recipe.alignment)
+        return figures
 
     return measure
 
@@ -112,8 +116,10 @@ def test_metrics(model, processor, recipe: Recipe, source: DataSource) -> dict[s
     blank = [dataclasses.replace(item, image=PIL.Image.new("RGB", item.image.size, "grey")) for item in source.test]
     control, _ = answer_metrics(model, processor, blank)
     if recipe.data.kind == "label_maps":
-        metrics["presence/macro_auc"] = presence_auc(model, processor, source.test)
-        control["presence/macro_auc"] = presence_auc(model, processor, blank)
+        for row, pictures in ((metrics, source.test), (control, blank)):
+            value = presence_auc(model, processor, pictures)
+            if not math.isnan(value):  # no class is both present and absent
+                row["presence/macro_auc"] = value
     return {"model": metrics, "blank picture": control}
 
 

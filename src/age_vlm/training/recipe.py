@@ -51,6 +51,7 @@ class DataRecipe:
     train: int = 4000
     validation: int = 200
     test: int = 500
+    test_seed: int = 0
     images: str | None = None
     labels: str | None = None
     classes: list[str] | None = None

@@ -8,8 +8,9 @@ import torch
 from transformers import Trainer
 
 from ..data.collator import GROUNDING_KEYS
+from ..evaluation.attention import chosen_heads, picture_attention
 from ..evaluation.metrics import attention_mass, pointing_hit
-from .alignment import AlignmentConfig, alignment_losses, chosen_heads, picture_attention
+from .alignment import AlignmentConfig, alignment_losses
 
 
 class AgeVlmTrainer(Trainer):
