@@ -105,7 +105,10 @@ def columns(sample):
 def test_masks_of_others_are_never_a_samples_own():
     samples = Samples(grounded("a", 0, 1), grounded("b"), grounded("c", 4), grounded("d", 5, 6))
     other = MasksOfOthers(samples)
-    assert [columns(other[index]) for index in range(len(other))] == [[4, 4], [], [5], [0, 1]]
+    shown = [columns(other[index]) for index in range(len(other))]
+    assert shown[:2] == [[4, 4], []]
+    assert len(shown[2]) == 1 and len(shown[3]) == 2 and set(shown[2]) <= {5, 6} and set(shown[3]) <= {0, 1}
+    assert shown == [columns(other[index]) for index in range(len(other))]  # at random, but always the same
     for index in range(len(other)):
         validate_sample(other[index])
         assert [g["start"] for g in other[index]["groundings"]] == [g["start"] for g in samples[index]["groundings"]]
