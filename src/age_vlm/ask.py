@@ -44,9 +44,9 @@ class Answer:
     words: list[tuple[str, Tensor]]
     picture: PIL.Image.Image
 
-    def sheet(self, question: str) -> PIL.Image.Image:
-        """The picture with the attention of each content word painted on it."""
-        return overlay_sheet(self.picture, self.words, title=question, answer=self.text)
+    def sheet(self, question: str | None = None) -> PIL.Image.Image:
+        """The picture with the attention of each content word painted on it, under the question and the answer if given."""
+        return overlay_sheet(self.picture, self.words, title=question, answer=question and self.text)
 
 
 @torch.inference_mode()

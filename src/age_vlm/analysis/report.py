@@ -131,7 +131,7 @@ def _curve(points: Sequence[tuple[float, float]], colour: str) -> str:
     axes.tick_params(labelsize=8, colors="#59636e", length=3)
     axes.set_xlabel("step", fontsize=8, color="#59636e")
     if values and min(values) >= 0:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, max(values) * 1.05 or 1)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

@@ -148,7 +148,7 @@ def examples(model, processor, items: Sequence[EvaluationItem], count: int = 6) 
                 "question": question.text,
                 "answer": answer.text,
                 "expected": question.answer,
-                "sheet": answer.sheet(question.text) if answer.words else None,
+                "sheet": answer.sheet() if answer.words else None,
             }
         )
     return shown

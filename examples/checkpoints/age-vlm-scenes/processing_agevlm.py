@@ -1,0 +1,189 @@
+"""Pictures and chat text -> what AGE-VLM takes: `pixel_values`, `input_ids`, `attention_mask`."""
+
+import os
+from collections.abc import Sequence
+
+import torch
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPImageProcessor
+from transformers.image_utils import make_flat_list_of_images
+from transformers.processing_utils import ProcessorMixin
+
+from .checkpoint_code_agevlm import AUTO_MAP, write_checkpoint_code
+from .image_geometry_agevlm import ImageGeometry, image_geometry
+from .images_agevlm import load_rgb
+
+
+# Llama 3's own format; one token stands for a picture where the message has it.
+CHAT_TEMPLATE = """\
+{{- bos_token }}
+{%- for message in messages %}
+{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+{%- if message['role'] == 'assistant' %}
+{%- generation %}
+{%- if message['content'] is string %}{{- message['content'] }}
+{%- else %}{%- for part in message['content'] %}{%- if part['type'] == 'text' %}{{- part['text'] }}{%- endif %}{%- endfor %}
+{%- endif %}
+{{- '<|eot_id|>' }}
+{%- endgeneration %}
+{%- else %}
+{%- if message['content'] is string %}{{- message['content'] }}
+{%- else %}{%- for part in message['content'] %}
+{%- if part['type'] == 'image' %}{{- '%IMAGE%' }}{%- elif part['type'] == 'text' %}{{- part['text'] }}{%- endif %}
+{%- endfor %}
+{%- endif %}
+{{- '<|eot_id|>' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}
+"""
+
+
+class AgeVlmProcessor(ProcessorMixin):
+    r"""
+    Args:
+        image_processor: any image processor of transformers that resizes to a size or a shortest edge, and may crop.
+        tokenizer: of the language model.
+        image_token (`str`): the token of the vocabulary that stands for one picture.
+        chat_template (`str`, *optional*): Llama 3's format with pictures when left out.
+
+    Calling it gives `pixel_values` (images, channels, height, width), `input_ids` and `attention_mask`
+    (batch, length): nothing of text length besides, so whatever truncates or pads text can do so safely.
+    """
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        image_token: str = "<|reserved_special_token_0|>",
+        chat_template: str | None = None,
+        **kwargs,
+    ):
+        self.image_token = image_token
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
+            raise ValueError(
+                f"image_token: '{image_token}' is not in the tokenizer's vocabulary, expected one that is."
+            )
+        chat_template = chat_template or CHAT_TEMPLATE.replace("%IMAGE%", image_token)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def prepare_inputs_layout(self, images=None, text=None, **kwargs):
+        if images is not None:
+            images = _map_nested(load_rgb, images)
+        adds_special_tokens = {**kwargs, **kwargs.get("text_kwargs", {})}.get("add_special_tokens", True)
+        if text is not None and adds_special_tokens and self._tokenizer_adds_bos():
+            # A rendered chat starts with it already.
+            bos = self.tokenizer.bos_token
+            texts = [text] if isinstance(text, str) else text
+            text = [one.removeprefix(bos) if isinstance(one, str) else one for one in texts]
+        return super().prepare_inputs_layout(images=images, text=text, **kwargs)
+
+    def _tokenizer_adds_bos(self) -> bool:
+        bos = self.tokenizer.bos_token_id
+        return bos is not None and self.tokenizer("")["input_ids"][:1] == [bos]
+
+    def validate_inputs(self, images=None, text=None, **kwargs):
+        # transformers compares totals, and that since 5.17 only; by row, a picture cannot end up in another's text.
+        if text is not None and all(isinstance(sample, str) for sample in text):
+            images_by_row = isinstance(images, (list, tuple)) and any(isinstance(row, (list, tuple)) for row in images)
+            tokens = [sample.count(self.image_token) for sample in text]
+            if images_by_row and tokens != [len(row) for row in images]:
+                raise ValueError(
+                    f"images: got {[len(row) for row in images]} pictures for {tokens} image tokens in the rows of the text, "
+                    "expected as many."
+                )
+            pictures = 0 if images is None else len(make_flat_list_of_images(images))
+            if sum(tokens) != pictures:
+                raise ValueError(
+                    f"images: got {pictures} pictures for {sum(tokens)} image tokens in the text, expected as many."
+                )
+        super().validate_inputs(images=images, text=text, **kwargs)
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        return self.image_token
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
+        from transformers.processing_utils import MultiModalData
+
+        ones = [1] * len(image_sizes or ())
+        return MultiModalData(num_image_tokens=ones, num_image_patches=ones)
+
+    def image_geometry(self, height: int, width: int) -> ImageGeometry:
+        """Where pixels, masks and points of a `height` x `width` source land in `pixel_values`."""
+        return image_geometry(self.image_processor, height, width)
+
+    def to_dict(self):
+        return {**super().to_dict(), "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]}}
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        saved = super().save_pretrained(os.fspath(save_directory), push_to_hub=push_to_hub, **kwargs)
+        write_checkpoint_code(save_directory)
+        return saved
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        # Only what changed since `save_pretrained` began is uploaded.
+        write_checkpoint_code(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    @classmethod
+    def from_backbones(
+        cls,
+        text: str | os.PathLike,
+        vision: str | os.PathLike,
+        *,
+        image_token: str | None = None,
+        image_size: int | Sequence[int] | None = None,
+    ) -> "AgeVlmProcessor":
+        """The processor that goes with [`AgeVlmForConditionalGeneration.from_backbones`].
+
+        Args:
+            text: Hub id or folder with the tokenizer.
+            vision: Hub id or folder of the vision encoder; its own mean, deviation and size are taken.
+            image_token: token that stands for a picture, the first reserved special one when left out.
+            image_size: of the model's input, a side or height and width in pixels, the encoder's own when left out.
+        """
+        from .modeling_agevlm import load_part, reserved_image_token
+
+        tokenizer = load_part("text", text, AutoTokenizer)
+        return cls(
+            _image_processor(vision, image_size),
+            tokenizer,
+            image_token=image_token or reserved_image_token(tokenizer)[0],
+        )
+
+
+def _image_processor(vision: str | os.PathLike, image_size: int | Sequence[int] | None):
+    from .modeling_agevlm import load_part
+
+    config = load_part("vision", vision, AutoConfig)
+    if config.model_type == "timm_wrapper":
+        # timm's own processor can neither be saved beside a model nor tell what it does to a mask.
+        data = getattr(config, "pretrained_cfg", None) or {}
+        size = image_size or data.get("input_size", (3, 224, 224))[-1]
+        settings = {"image_mean": data.get("mean"), "image_std": data.get("std")}
+    else:
+        library = load_part("vision", vision, AutoImageProcessor)
+        size = image_size or dict(library.size).get("height") or dict(library.size).get("shortest_edge")
+        settings = {"image_mean": library.image_mean, "image_std": library.image_std}
+    return whole_image_processor(size, **{key: value for key, value in settings.items() if value is not None})
+
+
+def whole_image_processor(size: int | Sequence[int], **settings) -> CLIPImageProcessor:
+    """CLIP's image processor, which here stretches the whole picture to `size` (a side, or height and width, pixels): what
+    is cropped away can be neither seen nor grounded."""
+    height, width = (size, size) if isinstance(size, int) else size
+    size = {"height": height, "width": width}
+    return CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False, **settings)
+
+
+def _map_nested(function, images):
+    if isinstance(images, (list, tuple)):
+        return [_map_nested(function, image) for image in images]
+    if isinstance(images, torch.Tensor) and images.ndim == 4:
+        return [function(image) for image in images]
+    if hasattr(images, "ndim") and images.ndim == 4:
+        return [function(image) for image in images]
+    return function(images)
+
+
+__all__ = ["AgeVlmProcessor"]
