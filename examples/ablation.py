@@ -108,7 +108,7 @@ def printed(measure):
 def _by_class(phrases: PhraseAttention, hits: torch.Tensor) -> dict[str, float]:
     classes: dict[str, list[float]] = {}
     for question, hit in zip(phrases.questions, hits.tolist()):
-        classes.setdefault(question.text[slice(*question.phrase)], []).append(hit)
+        classes.setdefault(question.subject, []).append(hit)
     return {name: sum(values) / len(values) for name, values in classes.items()}
 
 

@@ -14,11 +14,9 @@ from pathlib import Path
 from ablation import ARMS, arm_recipe, run_all, run_arm, save_result
 from tables import environment_name, write_csv, write_markdown
 
-from age_vlm.data.questions import Question
 from age_vlm.data.sources import load_source
 from age_vlm.evaluation.answers import yes_scores
-from age_vlm.evaluation.benchmark import split_items
-from age_vlm.evaluation.metrics import auc, class_auc, macro_auc
+from age_vlm.evaluation.benchmark import presence_metrics, split_items
 from age_vlm.training.recipe import load_recipe
 
 
@@ -74,10 +72,6 @@ def main() -> None:
     print(Path(f"{name}.md").read_text("utf-8"))
 
 
-def class_name(question: Question) -> str:
-    return question.text[slice(*question.phrase)]
-
-
 def presence_figures(model, processor, items) -> dict:
     """AUC of presence, from logit(yes) - logit(no), over all classes that are clearly there or not; POPE accuracies."""
     scores = yes_scores(model, processor, items)
@@ -85,16 +79,13 @@ def presence_figures(model, processor, items) -> dict:
 
 
 def figures_of_scores(scores: dict[str, float], items) -> dict:
-    asked = split_items(items, lambda question: question.kind == "existence" and question.mode is None)
-    questions = [question for item in asked for question in item.questions]
-    values, labels = [scores[q.id] for q in questions], [q.answer == "yes" for q in questions]
-    names = [class_name(question) for question in questions]
+    presence = presence_metrics(scores, items)
     figures = {
-        "macro AUC": macro_auc(values, labels, names),
-        "pooled AUC": auc(values, labels),
-        "AUC by class": class_auc(values, labels, names),
-        "absent by class": {n: sum(m == n and not y for m, y in zip(names, labels)) for n in dict.fromkeys(names)},
-        "present by class": {n: sum(m == n and y for m, y in zip(names, labels)) for n in dict.fromkeys(names)},
+        "macro AUC": presence["macro_auc"],
+        "pooled AUC": presence["pooled_auc"],
+        "AUC by class": presence["class_auc"],
+        "absent by class": presence["absent"],
+        "present by class": presence["present"],
     }
     for mode in ("random", "popular", "adversarial"):
         part = split_items(items, lambda question, mode=mode: question.mode == mode)
@@ -132,7 +123,7 @@ def prior_rows(recipe) -> list[dict]:
     """What the share of training crops that show a class gives, without looking: constant within a class."""
     source = load_source(recipe.data, recipe.seed)
     scores = {
-        q.id: source.prior[class_name(q)] - 0.5 for item in source.test for q in item.questions if q.kind == "existence"
+        q.id: source.prior[q.subject] - 0.5 for item in source.test for q in item.questions if q.kind == "existence"
     }
     figures = figures_of_scores(scores, source.test)
     return [

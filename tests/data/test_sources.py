@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,7 @@ def photographs(tmp_path_factory):
     """A folder each of pictures and class indices: bands of three classes, of which one is not in every picture."""
     folder = tmp_path_factory.mktemp("photographs")
     rng = np.random.default_rng(0)
-    for part in ("images", "labels"):
+    for part in ("images", "labels", "instances"):
         (folder / part).mkdir()
     for number in range(12):
         labels = np.zeros((48, 64), np.uint8)
@@ -26,6 +28,7 @@ def photographs(tmp_path_factory):
             labels[24:, 32:] = 2
         Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(folder / "images" / f"{number:02}.png")
         Image.fromarray(labels).save(folder / "labels" / f"{number:02}.png")
+        Image.fromarray((labels == 2).astype(np.uint8)).save(folder / "instances" / f"{number:02}.png")
     return DataRecipe(
         kind="label_maps",
         images=str(folder / "images"),
@@ -55,6 +58,15 @@ def test_a_source_holds_what_its_recipe_says(kind, photographs):
     assert all(unknown not in source.tokenizer(text)["input_ids"] for text in texts)
     assert (source.pictures is None) == (kind == "label_maps")
     assert (source.prior is None) == (kind == "scenes")
+
+
+def test_counts_are_asked_where_instances_are_given(photographs):
+    def kinds(recipe):
+        return {question.kind for item in load_source(recipe, seed=0).test for question in item.questions}
+
+    instances = photographs.images.replace("images", "instances")
+    assert kinds(photographs) == {"existence"}
+    assert kinds(dataclasses.replace(photographs, instances=instances)) == {"existence", "count"}
 
 
 def test_the_seed_chooses_training_pictures_only():

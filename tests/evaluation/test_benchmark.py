@@ -8,7 +8,7 @@ from age_vlm.data.collator import token_grid_size
 from age_vlm.data.scene_datasets import scene_items
 from age_vlm.data.sources import load_source
 from age_vlm.evaluation.answers import generate_answers, yes_scores
-from age_vlm.evaluation.benchmark import answer_metrics, grounding_metrics, presence_auc, split_items
+from age_vlm.evaluation.benchmark import answer_metrics, grounding_metrics, presence_metrics, split_items
 from age_vlm.evaluation.grounding import phrase_attention
 from age_vlm.training import AlignmentConfig
 from age_vlm.training.recipe import DataRecipe, ModelRecipe
@@ -65,7 +65,7 @@ def test_grounding_figures_are_of_the_aligned_blocks_and_heads(tiny, items):
 def test_presence_is_told_per_thing_asked_about(tiny, items):
     # Existence questions without a mode, about two kinds of thing.
     def about(question, name):
-        start = question.text.index(question.text[slice(*question.phrase)])
+        start = question.text.index(question.subject)
         text = question.text[:start] + name + question.text[question.phrase[1] :]
         return dataclasses.replace(question, text=text, phrase=(start, start + len(name)), mode=None)
 
@@ -86,5 +86,8 @@ def test_presence_is_told_per_thing_asked_about(tiny, items):
         }
         pairs = [(a > b) + 0.5 * (a == b) for a in answers["yes"] for b in answers["no"]]
         values.append(sum(pairs) / len(pairs))
-    assert presence_auc(*tiny, asked) == pytest.approx(sum(values) / 2)
-    assert math.isnan(presence_auc(*tiny, items))  # all have a mode
+    metrics = presence_metrics(scores, asked)
+    assert metrics["macro_auc"] == pytest.approx(sum(values) / 2)
+    assert metrics["class_auc"] == pytest.approx({"red circle": values[0], "blue square": values[1]})
+    assert sum(metrics["present"].values()) + sum(metrics["absent"].values()) == 2 * len(asked)
+    assert math.isnan(presence_metrics(scores, items)["macro_auc"])  # all have a mode

@@ -40,6 +40,11 @@ class Question:
     phrase: tuple[int, int] | None = None
     mask: MaskRLE | None = None
 
+    @property
+    def subject(self) -> str:
+        """The words of `phrase`."""
+        return self.text[slice(*self.phrase)]
+
 
 @dataclass(frozen=True)
 class EvaluationItem:

@@ -86,7 +86,8 @@ def _label_maps(recipe: DataRecipe, seed: int) -> DataSource:
     from .label_maps import LabelMaps, LabelMapsDataset, class_prior, class_statistics, label_map_items, label_map_texts
     from .scenes_tokenizer import build_word_tokenizer
 
-    split = LabelMaps(recipe.images, recipe.labels, recipe.classes, ignore=recipe.ignore).split(recipe.held_out)
+    maps = LabelMaps(recipe.images, recipe.labels, recipe.classes, ignore=recipe.ignore, instances=recipe.instances)
+    split = maps.split(recipe.held_out)
     size = tuple(recipe.crop)
     statistics = class_statistics(split.train, size=size)
     validation, test = (

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..data.questions import MODES, EvaluationItem
-from .answers import generate_answers, yes_scores
+from .answers import generate_answers
 from .attention import chosen_heads
 from .grounding import phrase_attention
-from .metrics import accuracy_by_kind, macro_auc
+from .metrics import accuracy_by_kind, auc, class_auc, macro_auc
 from .pope import join_answers, score
 
 
@@ -47,14 +48,27 @@ def answer_metrics(model, processor, items: Sequence[EvaluationItem], *, scorer:
     return metrics | {f"{kind}/accuracy": value for kind, value in by_kind.items()}, answers
 
 
-def presence_auc(model, processor, items: Sequence[EvaluationItem]) -> float:
-    """Macro AUC of presence, from logit(yes) - logit(no) of the existence questions that have no POPE mode: the mean over
-    the things asked about of how well their presence is told from their absence."""
+def presence_metrics(scores: Mapping[str, float], items: Sequence[EvaluationItem]) -> dict[str, Any]:
+    """How well presence is told from absence by the existence questions that have no POPE mode.
+
+    Args:
+        scores: question id -> logit(yes) - logit(no), or what else says how sure a yes is.
+
+    Returns:
+        `macro_auc`, the mean over the things asked about, NaN where none is both present and absent; `pooled_auc`;
+        `class_auc`, `present` and `absent`: AUC and numbers of questions by thing.
+    """
     asked = split_items(items, lambda question: question.kind == "existence" and question.mode is None)
-    scores = yes_scores(model, processor, asked)
     questions = [question for item in asked for question in item.questions]
-    names = [question.text[slice(*question.phrase)] for question in questions]
-    return macro_auc([scores[q.id] for q in questions], [q.answer == "yes" for q in questions], names)
+    values, labels = [scores[q.id] for q in questions], [q.answer == "yes" for q in questions]
+    names = [question.subject for question in questions]
+    return {
+        "macro_auc": macro_auc(values, labels, names),
+        "pooled_auc": auc(values, labels),
+        "class_auc": class_auc(values, labels, names),
+        "present": Counter(name for name, there in zip(names, labels) if there),
+        "absent": Counter(name for name, there in zip(names, labels) if not there),
+    }
 
 
 def grounding_metrics(

@@ -18,7 +18,7 @@ from ..data.collator import token_grid_size
 from ..data.questions import EvaluationItem
 from ..data.sources import DataSource, load_source
 from ..evaluation.answers import yes_scores
-from ..evaluation.benchmark import answer_metrics, grounding_metrics, presence_auc, split_items
+from ..evaluation.benchmark import answer_metrics, grounding_metrics, presence_metrics, split_items
 from ..hub import save_checkpoint
 from ..model_card import model_card
 from .recipe import Recipe
@@ -117,7 +117,7 @@ def test_metrics(model, processor, recipe: Recipe, source: DataSource) -> dict[s
     control, _ = answer_metrics(model, processor, blank)
     if recipe.data.kind == "label_maps":
         for row, pictures in ((metrics, source.test), (control, blank)):
-            value = presence_auc(model, processor, pictures)
+            value = presence_metrics(yes_scores(model, processor, pictures), pictures)["macro_auc"]
             if not math.isnan(value):  # no class is both present and absent
                 row["presence/macro_auc"] = value
     return {"model": metrics, "blank picture": control}

@@ -54,6 +54,7 @@ class DataRecipe:
     test_seed: int = 0
     images: str | None = None
     labels: str | None = None
+    instances: str | None = None
     classes: list[str] | None = None
     ignore: list[int] = field(default_factory=list)
     crop: list[int] = field(default_factory=lambda: [256, 192])
