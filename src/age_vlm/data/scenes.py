@@ -1,8 +1,8 @@
 """Drawn scenes, the embedded default: endless pictures of coloured shapes with exact masks.
 
 A scene is a function of (seed, split, index) and nothing else. Training scenes carry a language prior on purpose: some
-kinds (colour and shape) are far more frequent than others, and each kind has a fixed partner that nearly always appears
-with it. Validation and test scenes have neither: a model that answers from the prior, not from the picture, is caught.
+kinds (colour and shape) are far more frequent than others, and some have a fixed partner that nearly always appears
+with them. Validation and test scenes have neither: a model that answers from the prior, not from the picture, is caught.
 """
 
 from __future__ import annotations
@@ -71,8 +71,11 @@ class SceneConfig:
         size: side of the picture in pixels, at least 32.
         shapes, colours: what objects may be, chosen from `SHAPES` and `COLOURS`.
         min_objects, max_objects: number of objects in a scene, 1 to 9.
-        zipf_exponent: training frequency of the pair of kinds of rank r is proportional to r ** -zipf_exponent.
-        partner_probability: share of the training scenes with some kind that also have its partner.
+        zipf_exponent: training frequency of the kind, or pair of partners, of rank r is proportional to
+            r ** -zipf_exponent.
+        partner_pairs: at most how many pairs of kinds are partners. Where all kinds are, most absent combinations of a
+            present colour and a present shape are those of partners, and can be learned by heart instead of seen.
+        partner_probability: share of the training scenes with a kind that has a partner that also have the partner.
         min_visible: share of an object's pixels that no other object may cover.
         min_pixels: number of an object's pixels that must be visible.
         noise: standard deviation of the pixel noise, in grey levels.
@@ -88,7 +91,8 @@ class SceneConfig:
     colours: tuple[str, ...] = tuple(COLOURS)
     min_objects: int = 2
     max_objects: int = 4
-    zipf_exponent: float = 1.0
+    zipf_exponent: float = 0.5
+    partner_pairs: int = 6
     partner_probability: float = 0.8
     min_visible: float = 0.7
     min_pixels: int = 20
@@ -113,6 +117,8 @@ class SceneConfig:
             )
         if self.zipf_exponent < 0:
             raise ValueError(f"zipf_exponent is {self.zipf_exponent}, expected at least 0.")
+        if self.partner_pairs < 0:
+            raise ValueError(f"partner_pairs is {self.partner_pairs}, expected at least 0.")
         # At 1 a partner would never be missing, and no answer could tell the picture from the prior.
         if not 0 <= self.partner_probability < 1:
             raise ValueError(f"partner_probability is {self.partner_probability}, expected at least 0 and below 1.")
@@ -191,72 +197,66 @@ def generator(split: str, index: int, seed: int, stream: int) -> np.random.Gener
 
 
 @lru_cache(maxsize=16)
-def _partners(config: SceneConfig) -> tuple[tuple[Kind, ...], ...]:
-    """Pairs of partner kinds, the most frequent first; where the number of kinds is odd, the last stands alone.
+def _groups(config: SceneConfig) -> tuple[tuple[Kind, ...], ...]:
+    """Pairs of partner kinds and kinds without a partner, the most frequent first.
 
     Partners differ in colour and in shape where the palette allows it: then a scene that holds both always has an
     adversarial negative, the colour of one with the shape of the other.
     """
     rng = np.random.default_rng(config.bias_seed)
-    best: list[tuple[Kind, ...]] = []
-    for _ in range(50):
-        rest = [config.kinds[i] for i in rng.permutation(len(config.kinds))]
-        pairs = []
-        while len(rest) > 1:
-            kind = rest.pop()
-            distinct = (other for other in rest if other[0] != kind[0] and other[1] != kind[1])
-            partner = next(distinct, None)
-            if partner is None:
-                break
-            rest.remove(partner)
-            pairs.append((kind, partner))
-        if len(rest) <= 1:
-            return tuple(pairs + [tuple(rest)] * len(rest))
-        if len(pairs) >= len(best):
-            best = pairs + [tuple(rest[i : i + 2]) for i in range(0, len(rest), 2)]
-    return tuple(best)
+    rest = [config.kinds[i] for i in rng.permutation(len(config.kinds))]
+    groups: list[tuple[Kind, ...]] = []
+    while len(groups) < config.partner_pairs and len(rest) > 1:
+        kind = rest.pop()
+        distinct = (other for other in rest if other[0] != kind[0] and other[1] != kind[1])
+        groups.append((kind, next(distinct, rest[0])))
+        rest.remove(groups[-1][1])
+    groups += [(kind,) for kind in rest]
+    return tuple(groups[i] for i in rng.permutation(len(groups)))
 
 
 @lru_cache(maxsize=16)
-def _pair_probabilities(config: SceneConfig) -> np.ndarray:
-    weights = np.arange(1, len(_partners(config)) + 1) ** -float(config.zipf_exponent)
+def _group_probabilities(config: SceneConfig) -> np.ndarray:
+    weights = np.arange(1, len(_groups(config)) + 1) ** -float(config.zipf_exponent)
     return weights / weights.sum()
 
 
 def partner(kind: Kind, config: SceneConfig | None = None) -> Kind | None:
     """The kind that nearly always appears with this one in training scenes; None for a kind without one."""
-    for pair in _partners(config or SceneConfig()):
-        if kind in pair:
-            return next((other for other in pair if other != kind), None)
+    for group in _groups(config or SceneConfig()):
+        if kind in group:
+            return next((other for other in group if other != kind), None)
     raise ValueError(f"kind is {kind!r}, expected a (colour, shape) of the config.")
 
 
 @lru_cache(maxsize=16)
 def training_frequency(config: SceneConfig) -> Mapping[Kind, float]:
     """How often kinds appear in training scenes, relative to one another (the chance to be drawn first)."""
-    probabilities = _pair_probabilities(config)
-    return {kind: float(p) for pair, p in zip(_partners(config), probabilities, strict=True) for kind in pair}
+    probabilities = _group_probabilities(config)
+    return {kind: float(p) for group, p in zip(_groups(config), probabilities, strict=True) for kind in group}
 
 
 def _biased_kinds(rng: np.random.Generator, config: SceneConfig) -> list[Kind]:
-    """Kinds of a training scene: pairs by Zipf's law, of which both, or one only, enter the scene.
+    """Kinds of a training scene: groups by Zipf's law; of a pair, both, or one only, enter the scene.
 
     With c the partner probability, both enter with probability c / (2 - c) and each alone with (1 - c) / (2 - c): then
     the share of scenes with one that also have the other is c for either of them.
     """
-    pairs, probabilities = _partners(config), _pair_probabilities(config)
+    groups, probabilities = _groups(config), _group_probabilities(config)
     both = config.partner_probability / (2 - config.partner_probability)
-    # A pair may exceed the target by one. With one object of room kept for it, no pair is cut, and c stays exact.
-    target = int(rng.integers(config.min_objects, max(config.min_objects, config.max_objects - 1) + 1))
+    target = int(rng.integers(config.min_objects, config.max_objects + 1))
     kinds: list[Kind] = []
-    for number in rng.choice(len(pairs), size=len(pairs), replace=False, p=probabilities):
-        pair = pairs[number]
-        if rng.random() >= both or len(kinds) + len(pair) > config.max_objects:
-            pair = (pair[int(rng.integers(len(pair)))],)
-        kinds.extend(pair)
-        if len(kinds) >= target:
+    for number in rng.choice(len(groups), size=len(groups), replace=False, p=probabilities):
+        group = groups[number]
+        # A pair for which there is no room stays out whole: cut, it would be one without its partner too often.
+        if len(kinds) + len(group) > target:
+            continue
+        if rng.random() >= both:
+            group = (group[int(rng.integers(len(group)))],)
+        kinds.extend(group)
+        if len(kinds) == target:
             return kinds
-    # Where nearly all kinds are asked for, those that stayed out fill the scene.
+    # Where nearly all kinds are asked for, or all are partners, those that stayed out fill the scene.
     rest = [kind for kind in config.kinds if kind not in kinds]
     return kinds + [rest[i] for i in rng.permutation(len(rest))[: target - len(kinds)]]
 
