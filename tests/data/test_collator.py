@@ -260,6 +260,18 @@ def test_a_mask_of_nothing_aligns_nothing(make_collator):
     assert "grounding_rows" not in batch
 
 
+def test_a_phrase_that_still_has_no_mask_is_refused(make_collator):
+    groundings = [phrase(TALK, 0, "dog"), {**phrase(TALK, 2, "big cat"), "mask": None, "box": [0.0, 0.0, 8.0, 8.0]}]
+    for independent in (False, True):
+        collator = make_collator(independent_turns=independent)
+        with pytest.raises(
+            ValueError, match="sample 'one' lacks the mask of 1 of its phrases.*`age-vlm ground`"
+        ) as caught:
+            collator([sample(TALK, [picture(0)], groundings)])
+        assert "\n" not in str(caught.value)
+        collator([sample(TALK, [picture(0)], groundings[:1])])
+
+
 def test_truncation_keeps_pictures_and_drops_groundings_that_it_cuts_off(make_collator):
     groundings = [phrase(TALK, 0, "dog"), phrase(TALK, 5, "red car")]
     whole = make_collator()([sample(TALK, [picture(0)], groundings)])

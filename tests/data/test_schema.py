@@ -2,7 +2,7 @@ import copy
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features, concatenate_datasets
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -49,6 +49,32 @@ def test_a_sample_survives_storage(tmp_path):
     assert loaded["messages"] == sample["messages"]
     assert loaded["groundings"] == sample["groundings"]
     assert np.array_equal(np.asarray(loaded["images"][0]), np.asarray(sample["images"][0]))
+
+
+def test_a_sample_from_before_there_were_boxes_is_one_still(tmp_path):
+    sample = make_sample()
+    for item in sample["groundings"]:
+        del item["box"]
+    validate_sample(sample)
+    grounded = FEATURES["groundings"].feature
+    features = Features({**FEATURES, "groundings": [{key: grounded[key] for key in grounded if key != "box"}]})
+    Dataset.from_list([sample], features=features).to_parquet(tmp_path / "old.parquet")
+    old = Dataset.from_parquet(str(tmp_path / "old.parquet"), cache_dir=str(tmp_path))
+    assert "box" not in old[0]["groundings"][0]
+    validate_sample(old[0])
+    both = concatenate_datasets([old.cast(FEATURES), Dataset.from_list([make_sample()], features=FEATURES)])
+    assert both[0]["groundings"] == both[1]["groundings"] == make_sample()["groundings"]
+
+
+@pytest.mark.parametrize("box", [None, [2, 1, 7, 3.5]])
+def test_a_phrase_without_a_mask_survives_storage(tmp_path, box):
+    sample = make_sample()
+    sample["groundings"] = [grounding(0, 11, 14, 0, None, box)]
+    validate_sample(sample)
+    Dataset.from_list([sample], features=FEATURES).to_parquet(tmp_path / "data.parquet")
+    loaded = Dataset.from_parquet(str(tmp_path / "data.parquet"), cache_dir=str(tmp_path))[0]
+    validate_sample(loaded)
+    assert loaded["groundings"] == sample["groundings"]
 
 
 def test_a_grounding_accepts_an_array_or_an_encoding():
@@ -101,6 +127,11 @@ def breakage(path, value):
         (["groundings", 0, "message"], 2, "message 2, expected 0 to 1"),
         (["groundings", 0, "image"], 1, "image 1"),
         (["groundings", 0, "mask", "size"], [6], "size"),
+        (["groundings", 0, "box"], [2, 1, 7], "expected .x0, y0, x1, y1. with 0 <= x0 < x1 <= 8 and 0 <= y0 < y1 <= 6"),
+        (["groundings", 0, "box"], [2, 1, 9, 3], r"has the box \[2, 1, 9, 3\]"),
+        (["groundings", 0, "box"], [2, 3, 7, 3], "box"),
+        (["groundings", 0, "box"], [2, 1, float("nan"), 3], "box"),
+        (["groundings", 0, "box"], "2173", "box"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(path, value, says):

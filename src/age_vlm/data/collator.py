@@ -37,7 +37,8 @@ class AgeVlmCollator:
     picture of its row, `grounding_coverage` (groundings, rows x columns) how much of each image token the mask covers.
 
     Raises:
-        ValueError: one sentence, for a sample that does not follow the schema or a picture that `max_length` cuts off.
+        ValueError: one sentence, for a sample that does not follow the schema or still lacks masks, or a picture that
+            `max_length` cuts off.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class AgeVlmCollator:
         groundings: list[tuple[int, int, int, torch.Tensor]] = []
         for batch_index, sample in enumerate(samples):
             validate_sample(sample)
+            _require_masks(sample)
             for image in sample["images"]:
                 if numbers.setdefault(id(image), len(images)) == len(images):
                     images.append(image)
@@ -190,6 +192,15 @@ class AgeVlmCollator:
         else:
             batch["attention_mask"] = mask
         return batch
+
+
+def _require_masks(sample: Sample) -> None:
+    missing = sum(item["mask"] is None for item in sample["groundings"])
+    if missing:
+        raise ValueError(
+            f"groundings: sample '{sample['id']}' lacks the mask of {missing} of its phrases, expected one for each: make "
+            "them with `age-vlm ground`, or leave these groundings out."
+        )
 
 
 def _with_images(message: Message, images: int) -> Message:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -29,12 +31,14 @@ FEATURES = Features(
                 "end": Value("int32"),
                 "image": Value("int32"),
                 "mask": {"size": [Value("int32")], "counts": Value("string")},
+                "box": [Value("float64")],
             }
         ],
     }
 )
 """Arrow types of a sample. `start` and `end` (exclusive) count characters of the message's text, see `message_text`; a
-mask is a compressed COCO RLE at the resolution of its source image."""
+mask is a compressed COCO RLE at the resolution of its source image, a box [x0, y0, x1, y1] in pixels of it. Data that
+still has to be grounded have no mask: a teacher makes it from the phrase, and from the box where there is one."""
 
 
 def user_message(text: str, images: int = 0) -> Message:
@@ -56,17 +60,26 @@ def message_text(message: Message) -> str:
     return "".join(part["text"] or "" for part in content if part["type"] == "text")
 
 
-def grounding(message: int, start: int, end: int, image: int, mask: np.ndarray | MaskRLE) -> Grounding:
+def grounding(
+    message: int,
+    start: int,
+    end: int,
+    image: int,
+    mask: np.ndarray | MaskRLE | None,
+    box: Sequence[float] | None = None,
+) -> Grounding:
     """Tie characters [start, end) of message number `message` to a mask on image number `image`.
 
-    `mask` is an RLE, or a boolean array of shape (height, width) that is encoded here.
+    `mask` is an RLE, or a boolean array of shape (height, width) that is encoded here, or None where a teacher still has
+    to make it; `box`, [x0, y0, x1, y1] in pixels, is what it is told of the place.
     """
     rle = encode_mask(mask) if isinstance(mask, np.ndarray) else mask
-    return {"message": message, "start": start, "end": end, "image": image, "mask": rle}
+    corners = None if box is None else [float(value) for value in box]
+    return {"message": message, "start": start, "end": end, "image": image, "mask": rle, "box": corners}
 
 
 def validate_sample(sample: Sample) -> None:
-    """Check that a sample follows the schema.
+    """Check that a sample follows the schema; `box` may be missing, as in data from before there were boxes.
 
     Raises:
         ValueError: what is wrong, in one sentence that starts with the sample's id.
@@ -127,16 +140,33 @@ def _validate_grounding(name: str, item: Grounding, sample: Sample) -> None:
             f"{name} has the character span [{item['start']}, {item['end']}), expected a non-empty span inside "
             f"message {item['message']}, which has {length} characters."
         )
+    image_width, image_height = upright_size(images[item["image"]])
+    box = item.get("box")
+    if box is not None and not _is_box_inside(box, image_width, image_height):
+        raise ValueError(
+            f"{name} has the box {box!r}, expected [x0, y0, x1, y1] with 0 <= x0 < x1 <= {image_width} and "
+            f"0 <= y0 < y1 <= {image_height}, in pixels of image {item['image']}."
+        )
+    if item["mask"] is None:
+        return
     try:
         height, width = mask_size(item["mask"])
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    image_width, image_height = upright_size(images[item["image"]])
     if (height, width) != (image_height, image_width):
         raise ValueError(
             f"{name} has a mask of {width} x {height} pixels, expected {image_width} x {image_height}, "
             f"the size of image {item['image']}."
         )
+
+
+def _is_box_inside(box: Any, width: int, height: int) -> bool:
+    if not isinstance(box, (list, tuple, np.ndarray)) or len(box) != 4:
+        return False
+    if not all(isinstance(value, (int, float, np.number)) and math.isfinite(value) for value in box):
+        return False
+    x0, y0, x1, y1 = box
+    return 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height
 
 
 def upright_size(image: PILImage.Image) -> tuple[int, int]:

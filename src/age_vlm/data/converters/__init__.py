@@ -1,0 +1,111 @@
+"""Data sets as people have them -> samples of `age_vlm.data.schema`: one generator function for each source."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from datasets.exceptions import DatasetGenerationError
+
+from ..left_out import LeftOut
+from ..schema import FEATURES, Sample
+from .cauldron import cauldron
+from .coco import coco
+from .flickr30k_entities import flickr30k_entities
+from .label_maps import label_maps
+from .llava import llava
+from .pictures import stored_picture
+from .refcoco import refcoco, refcoco_hub
+from .visual_genome import visual_genome
+
+
+CONVERTERS: dict[str, Callable[..., Iterator[Sample]]] = {
+    "llava": llava,
+    "coco": coco,
+    "refcoco": refcoco,
+    "refcoco_hub": refcoco_hub,
+    "flickr30k_entities": flickr30k_entities,
+    "visual_genome": visual_genome,
+    "cauldron": cauldron,
+    "label_maps": label_maps,
+}
+"""Name of a source -> its converter. All take `part=(number, parts)`, every how manieth record from which on, and
+`left_out`, which counts what could not be used; without it they say at their end what they left out."""
+
+
+def convert(
+    name: str,
+    *,
+    streaming: bool = False,
+    shards: int = 1,
+    cache_dir: str | Path | None = None,
+    **arguments: Any,
+) -> Dataset | IterableDataset:
+    """A data set of the schema, with the features `FEATURES`.
+
+    Args:
+        name: a key of `CONVERTERS`; `arguments` are those of its converter.
+        streaming: make samples as they are asked for, anew in each pass, and keep nothing. Otherwise they are made once
+            and kept in the cache of `datasets`: text and masks, and the paths of pictures that are files. Files that
+            have not changed since are not converted again.
+        shards: parts of a stream, for as many workers of a data loader. Each reads the annotations of its own part.
+        cache_dir: where the cache is, if not where `datasets` has it.
+
+    What is left out is said in a warning at the end of a conversion, by the process that made it.
+
+    Raises:
+        ValueError: an unknown name or argument, what the converter says of its arguments, or that nothing could be used.
+    """
+    if name not in CONVERTERS:
+        raise ValueError(f"name must be one of {sorted(CONVERTERS)}, got {name!r}.")
+    if not isinstance(shards, int) or shards < 1 or (shards > 1 and not streaming):
+        raise ValueError(f"shards must be a number from 1 on, and 1 unless streaming, got {shards!r}.")
+    known = inspect.signature(CONVERTERS[name]).parameters.keys() - {"part", "left_out"}
+    needed = {key for key in known if inspect.signature(CONVERTERS[name]).parameters[key].default is inspect._empty}
+    if wrong := sorted(arguments.keys() - known) or sorted(needed - arguments.keys()):
+        raise ValueError(
+            f"arguments of {name!r} are {sorted(needed)} and optionally {sorted(known - needed)}, got "
+            f"{sorted(arguments)}: {wrong[0]!r} is {'none of them' if wrong[0] in arguments else 'missing'}."
+        )
+    # Not a list, which `datasets` would take for shards and deal out to workers.
+    settings = {"name": name, "arguments": arguments, "shards": shards}
+    if streaming:
+        return IterableDataset.from_generator(
+            _stored_samples, features=FEATURES, gen_kwargs={**settings, "numbers": list(range(shards))}
+        )
+    try:
+        return Dataset.from_generator(
+            _stored_samples,
+            features=FEATURES,
+            cache_dir=None if cache_dir is None else str(cache_dir),
+            gen_kwargs={**settings, "numbers": (0,), "state": _state(arguments)},
+        )
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, ValueError):
+            raise error.__cause__ from None
+        raise
+
+
+def _stored_samples(
+    name: str, arguments: dict[str, Any], shards: int, numbers: Sequence[int], state: tuple = ()
+) -> Iterator[dict[str, Any]]:
+    """`state` only tells the cache of `datasets` apart what is made of files before and after a change."""
+    left_out, made = LeftOut(), 0
+    for number in numbers:
+        for sample in CONVERTERS[name](**arguments, part=(number, shards), left_out=left_out):
+            made += 1
+            yield {**sample, "images": [stored_picture(image) for image in sample["images"]]}
+    if left_out.total and not made and len(numbers) == shards:
+        raise ValueError(f"{name}: nothing could be used, {left_out}.")
+    left_out.warn(name)
+
+
+def _state(arguments: dict[str, Any]) -> tuple:
+    from age_vlm import __version__
+
+    paths = [Path(value).resolve() for value in arguments.values() if isinstance(value, (str, Path))]
+    states = [(str(path), path.stat()) for path in paths if path.exists()]
+    return (__version__, *((path, state.st_mtime_ns, state.st_size) for path, state in states))

@@ -1,0 +1,109 @@
+"""Turns of other formats as messages of the schema."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from PIL import Image
+
+from ..left_out import Unusable
+from ..masks import MaskRLE
+from ..schema import ROLES, Message, Sample, assistant_message, grounding, user_message
+
+
+PLACE = "<image>"
+REGION_REQUEST = "describe one thing in the picture."
+
+Phrase = tuple[int, int, MaskRLE | None, Sequence[float] | None]
+"""Start and end of a phrase in its text, its mask, its box."""
+
+
+def line(text: Any) -> str:
+    """A text as one line, without blanks at its ends or two in a row.
+
+    Raises:
+        Unusable: it is no text, or nothing is left of it.
+    """
+    if not isinstance(text, str):
+        raise Unusable("text is missing")
+    if not (text := " ".join(text.split())):
+        raise Unusable("text is empty")
+    return text
+
+
+def chat(turns: Sequence[tuple[str, Any]], pictures: int) -> list[Message]:
+    """Role and text of each turn as messages that show `pictures` pictures.
+
+    `<image>` in a user's text is the place of a picture. Where there is none, the first user turn shows all pictures. A
+    single picture of a turn stands before its text, because words see only pictures before them; several stay where
+    they are.
+
+    Raises:
+        Unusable: a text is missing or empty, roles are unknown or do not alternate, nobody answers, or the places are
+            not as many as the pictures.
+    """
+    if any(role not in ROLES for role, _ in turns):
+        raise Unusable("role is unknown")
+    if not all(isinstance(text, str) for _, text in turns):
+        raise Unusable("text is missing")
+    messages: list[Message] = [{"role": role, "content": [_text(text)]} for role, text in turns[:1] if role == "system"]
+    turns = list(turns[len(messages) :])
+    # Logs of chats, such as ShareGPT's, may be cut so that they begin with an answer: to a question nobody knows.
+    while turns and turns[0][0] == "assistant":
+        turns.pop(0)
+    if any(role != ("user", "assistant")[number % 2] for number, (role, _) in enumerate(turns)):
+        raise Unusable("turns do not alternate")
+    if len(turns) < 2:
+        raise Unusable("nobody answers")
+    places = sum(text.count(PLACE) for role, text in turns if role == "user")
+    if places not in (0, pictures):
+        raise Unusable(f"places for images ({PLACE}) are not as many as the images")
+    in_front = 0 if places else pictures
+    for role, text in turns:
+        if role == "assistant":
+            messages.append({"role": role, "content": [_text(text)]})
+        else:
+            messages.append({"role": role, "content": _shown(text, in_front)})
+            in_front = 0
+    return messages
+
+
+def statements(name: str, picture: Image.Image, request: str, said: Iterable[tuple[str, Sequence[Phrase]]]) -> Sample:
+    """A sample of one picture in which each text answers the same request, with its phrases grounded.
+
+    Raises:
+        Unusable: nothing is said.
+    """
+    messages: list[Message] = []
+    groundings = []
+    for text, phrases in said:
+        groundings += [grounding(len(messages) + 1, start, end, 0, mask, box) for start, end, mask, box in phrases]
+        messages += [user_message(request, images=0 if messages else 1), assistant_message(text)]
+    if not messages:
+        raise Unusable("no text is left of it")
+    return {"id": name, "images": [picture], "messages": messages, "groundings": groundings}
+
+
+def _text(text: str) -> dict[str, str]:
+    if not (text := text.strip()):
+        raise Unusable("text is empty")
+    return {"type": "text", "text": text}
+
+
+def _shown(text: str, pictures: int) -> list[dict[str, Any]]:
+    """Content of a user turn: `pictures` pictures in front, or those at the places in the text."""
+    image = {"type": "image", "text": None}
+    parts = text.split(PLACE)
+    if len(parts) <= 2:
+        count = pictures + len(parts) - 1
+        text = " ".join(part.strip() for part in parts).strip()
+        content = [dict(image) for _ in range(count)]
+        return content if count and not text else [*content, _text(text)]
+    content = []
+    for number, part in enumerate(parts):
+        if number:
+            content.append(dict(image))
+        if part := part.strip("\r\n"):
+            content.append({"type": "text", "text": part})
+    return content

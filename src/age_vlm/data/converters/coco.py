@@ -1,0 +1,225 @@
+"""Captions of COCO, grounded where they literally name what instances or panoptic segments show."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..label_maps import CAPTION_REQUEST
+from ..left_out import LeftOut, Unusable, reported
+from ..masks import MaskRLE, encode_mask
+from ..schema import Sample
+from .chats import Phrase, line, statements
+from .geometry import EMPTY, segmentation_mask, union
+from .mentions import Vocabulary
+from .pictures import find_picture, open_picture, require_size
+from .records import CocoFile, existing_file, existing_folder, part_of, read_coco
+from .refcoco import picture_names
+
+
+SYNONYMS = {
+    "person": "man woman boy girl child kid baby toddler guy lady gentleman adult player skier snowboarder surfer "
+    "skateboarder rider pedestrian".split(),
+    "bicycle": ["bike"],
+    "motorcycle": ["motorbike", "bike"],
+    "airplane": ["plane", "aeroplane", "jet", "aircraft"],
+    "boat": ["ship", "sailboat", "canoe", "kayak"],
+    "traffic light": ["stoplight", "traffic signal"],
+    "fire hydrant": ["hydrant"],
+    "cat": ["kitten"],
+    "dog": ["puppy"],
+    "horse": ["pony"],
+    "sheep": ["lamb"],
+    "cow": ["cattle", "calf", "bull"],
+    "handbag": ["purse"],
+    "tie": ["necktie"],
+    "suitcase": ["luggage"],
+    "skis": ["ski"],
+    "sports ball": ["ball", "soccer ball", "tennis ball"],
+    "baseball glove": ["mitt", "catcher's mitt"],
+    "tennis racket": ["racket", "tennis racquet", "racquet"],
+    "wine glass": ["wineglass"],
+    "donut": ["doughnut"],
+    "couch": ["sofa"],
+    "potted plant": ["houseplant", "plant"],
+    "dining table": ["table"],
+    "tv": ["television", "monitor"],
+    "cell phone": ["phone", "cellphone", "mobile phone", "smartphone"],
+    "remote": ["remote control"],
+    "refrigerator": ["fridge"],
+    "teddy bear": ["stuffed bear", "teddy"],
+    "hair drier": ["hair dryer", "hairdryer", "blow dryer"],
+    "mountain": ["hill"],
+    "pavement": ["sidewalk"],
+    "playingfield": ["playing field", "field"],
+    "railroad": ["railroad track", "railway", "train track"],
+    "road": ["street"],
+    "rug": ["carpet"],
+    "sea": ["ocean"],
+    "window-blind": ["blind"],
+}
+"""Category, without what panoptic names append -> other words for it."""
+
+COMPOUNDS = (
+    "toilet paper",
+    "train station",
+    "train track",
+    "bus stop",
+    "bus station",
+    "car park",
+    "bird house",
+    "dog house",
+)
+"""Words that hold the name of a category, and mean something else."""
+
+
+def coco(
+    images: str | Path,
+    captions: str | Path,
+    instances: str | Path | None = None,
+    panoptic: str | Path | None = None,
+    segments: str | Path | None = None,
+    *,
+    request: str = CAPTION_REQUEST,
+    per_picture: int | None = None,
+    part: tuple[int, int] = (0, 1),
+    left_out: LeftOut | None = None,
+) -> Iterator[Sample]:
+    """A sample for each picture, in which each of its captions answers `request`.
+
+    A word that names a category of the picture is grounded in all that is annotated of it, crowds included: "a dog" next
+    to a second dog means both. Annotations of the part's pictures are read into memory, the pictures one by one.
+
+    Args:
+        images: the folder of the pictures, such as `train2017`.
+        captions: `captions_train2017.json`.
+        instances: `instances_train2017.json`: masks of things.
+        panoptic: `panoptic_train2017.json`: masks of everything, used for what `instances` has no category for.
+        segments: its folder of PNGs; beside the file and named like it, unless told.
+        per_picture: at most so many captions of a picture, the first.
+
+    Source: https://cocodataset.org/#format-data
+    """
+    folder = existing_folder(images, "images")
+    if panoptic is not None:
+        beside = existing_file(panoptic, "panoptic").with_suffix("")
+        segments = existing_folder(beside if segments is None else segments, "segments")
+    with reported(left_out, "coco") as left_out:
+        texts = read_coco(captions, "captions", left_out)
+        chosen = dict(part_of(texts.pictures.items(), part))
+        empty = CocoFile({}, {}, {})
+        things = empty if instances is None else read_coco(instances, "instances", left_out, chosen)
+        stuff = empty if panoptic is None else read_coco(panoptic, "panoptic", left_out, chosen)
+        categories = (*things.categories.values(), *stuff.categories.values())
+        vocabulary = Vocabulary({**{name: category_words(name) for name in categories}, "": COMPOUNDS})
+        for number, picture in chosen.items():
+            if number not in texts.annotations:
+                continue
+            masks_of = (
+                partial(_thing_masks, things, number, left_out),
+                partial(_stuff_masks, stuff, number, segments, set(things.categories.values()), left_out),
+            )
+            said = islice(texts.annotations[number], per_picture)
+            arguments = number, picture, said, masks_of, vocabulary, folder, request, left_out
+            if (sample := left_out.attempt(number, _sample, *arguments)) is not None:
+                yield sample
+
+
+def category_words(category: str) -> list[str]:
+    """What a category is called in a text: "wall-brick" -> "brick wall", "wall"; "tree-merged" -> "tree"."""
+    name = re.sub(r"(-(other|merged|stuff))+$", "", category)
+    kind, _, material = name.partition("-")
+    own = [f"{material} {kind}", kind] if material else [name]
+    return [*own, *SYNONYMS.get(name, ())]
+
+
+def segment_ids(colors: np.ndarray) -> np.ndarray:
+    """(height, width, 3) uint8 colours of a panoptic PNG -> (height, width) int32 segment ids, R + 256 G + 256^2 B."""
+    return colors.astype(np.int32) @ np.array([1, 256, 256**2], np.int32)
+
+
+def _sample(
+    number: Any,
+    picture: dict[str, Any],
+    captions: Iterator[dict[str, Any]],
+    masks_of: tuple[Callable[[tuple[int, int]], dict[str, list[MaskRLE]]], ...],
+    vocabulary: Vocabulary,
+    folder: Path,
+    request: str,
+    left_out: LeftOut,
+) -> Sample:
+    image = open_picture(find_picture(folder, picture_names(picture["file_name"])))
+    size = picture["width"], picture["height"]
+    require_size(image, *size)
+
+    @cache
+    def annotated() -> dict[str, list[MaskRLE]]:
+        return {name: masks for find in masks_of for name, masks in find(size).items()}
+
+    @cache
+    def mask_of(categories: frozenset[str]) -> MaskRLE | None:
+        masks = [mask for name in sorted(categories) for mask in annotated().get(name, ())]
+        return union(masks) if masks else None
+
+    def said(caption: dict[str, Any]) -> tuple[str, list[Phrase]]:
+        text = line(caption["caption"])
+        found = [(start, end, mask_of(categories), None) for start, end, categories in vocabulary.find(text)]
+        return text, [phrase for phrase in found if phrase[2] is not None]
+
+    each = (left_out.attempt(f"caption of {number}", said, caption) for caption in captions)
+    return statements(f"coco/{number}", image, request, (caption for caption in each if caption is not None))
+
+
+def _thing_masks(things: CocoFile, number: Any, left_out: LeftOut, size: tuple[int, int]) -> dict[str, list[MaskRLE]]:
+    masks = defaultdict(list)
+    for annotation in things.annotations.get(number, ()):
+        record = f"annotation {annotation.get('id')}"
+        mask = left_out.attempt(record, lambda item: segmentation_mask(item["segmentation"], *size), annotation)
+        name = left_out.attempt(record, _category, things, annotation)
+        if mask is not None and name is not None:
+            masks[name].append(mask)
+    return masks
+
+
+def _stuff_masks(
+    stuff: CocoFile, number: Any, folder: Path, known: set[str], left_out: LeftOut, size: tuple[int, int]
+) -> dict[str, list[MaskRLE]]:
+    masks = defaultdict(list)
+    for annotation in stuff.annotations.get(number, ()):
+        ids = left_out.attempt(f"panoptic {number}", _read_segments, folder, annotation, size)
+        for segment in annotation.get("segments_info", ()) if ids is not None else ():
+            record = f"segment {segment.get('id')} of {number}"
+            name = left_out.attempt(record, _category, stuff, segment)
+            if name is None or name in known:
+                continue
+            mask = left_out.attempt(record, _segment_mask, ids, segment)
+            if mask is not None:
+                masks[name].append(mask)
+    return masks
+
+
+def _category(file: CocoFile, annotation: dict[str, Any]) -> str:
+    number = annotation["category_id"]
+    if number not in file.categories:
+        raise Unusable("category is unknown")
+    return file.categories[number]
+
+
+def _read_segments(folder: Path, annotation: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
+    png = open_picture(find_picture(folder, [annotation["file_name"]]))
+    require_size(png, *size)
+    return segment_ids(np.asarray(png.convert("RGB")))
+
+
+def _segment_mask(ids: np.ndarray, segment: dict[str, Any]) -> MaskRLE:
+    mask = ids == segment["id"]
+    if not mask.any():
+        raise Unusable(EMPTY)
+    return encode_mask(mask)

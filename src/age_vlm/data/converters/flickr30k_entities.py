@@ -1,0 +1,129 @@
+"""Captions of Flickr30k with the boxes of what their phrases name."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from xml.etree import ElementTree
+
+from ..label_maps import CAPTION_REQUEST
+from ..left_out import LeftOut, Unusable, reported
+from ..schema import Sample, upright_size
+from .chats import Phrase, line, statements
+from .geometry import clipped_box
+from .pictures import find_picture, open_picture, require_size
+from .records import existing_file, existing_folder, part_of
+
+
+_PHRASE = re.compile(r"\[/EN#(\d+)/\S+ ([^\]]*)\]")
+# Captions come in tokens: "a yard .", "a man 's hat".
+_SPACED = re.compile(r" +(?=[.,;:!?](?:\s|$)|'s\b)")
+
+
+def flickr30k_entities(
+    images: str | Path,
+    sentences: str | Path,
+    annotations: str | Path,
+    ids: str | Path | None = None,
+    *,
+    request: str = CAPTION_REQUEST,
+    per_picture: int | None = None,
+    part: tuple[int, int] = (0, 1),
+    left_out: LeftOut | None = None,
+) -> Iterator[Sample]:
+    """A sample for each picture, in which each of its captions answers `request`. Phrases have boxes and no mask yet.
+
+    Where several boxes belong to a phrase ("three men"), it is grounded once for each of them.
+
+    Args:
+        images: the folder of `<image id>.jpg`.
+        sentences, annotations: the folders `Sentences` (`<image id>.txt`) and `Annotations` (`<image id>.xml`).
+        ids: a file with an image id a line, such as `train.txt`; all unless told.
+        per_picture: at most so many captions of a picture, the first.
+
+    Source: https://github.com/BryanPlummer/flickr30k_entities
+    """
+    folder, sentences = existing_folder(images, "images"), existing_folder(sentences, "sentences")
+    annotations = existing_folder(annotations, "annotations")
+    if ids is None:
+        names = sorted(path.stem for path in sentences.glob("*.txt"))
+    else:
+        names = existing_file(ids, "ids").read_text("utf-8").split()
+    with reported(left_out, "flickr30k_entities") as left_out:
+        for name in part_of(names, part):
+            captions = left_out.attempt(name, _captions, sentences / f"{name}.txt")
+            if captions is None:
+                continue
+            arguments = name, folder, captions, annotations / f"{name}.xml", request, per_picture, left_out
+            if (sample := left_out.attempt(name, _sample, *arguments)) is not None:
+                yield sample
+
+
+def caption_phrases(caption: str) -> tuple[str, list[tuple[int, int, str]]]:
+    """A line of `Sentences` without its marks, and start, end and chain id of each marked phrase.
+
+    Raises:
+        Unusable: nothing is left of it.
+    """
+    caption = line(caption)
+    text, phrases, end = "", [], 0
+    for match in _PHRASE.finditer(caption):
+        text += _SPACED.sub("", caption[end : match.start()])
+        chain, phrase = match[1], _SPACED.sub("", match[2]).strip()
+        phrases.append((len(text), len(text) + len(phrase), chain))
+        text, end = text + phrase, match.end()
+    if not (text := text + _SPACED.sub("", caption[end:])).strip():
+        raise Unusable("text is empty")
+    return text, [phrase for phrase in phrases if phrase[0] < phrase[1]]
+
+
+def _captions(path: Path) -> list[str]:
+    try:
+        return path.read_text("utf-8").splitlines()
+    except OSError:
+        raise Unusable("file of sentences is missing") from None
+
+
+def _sample(
+    name: str,
+    folder: Path,
+    captions: list[str],
+    annotations: Path,
+    request: str,
+    per_picture: int | None,
+    left_out: LeftOut,
+) -> Sample:
+    picture = open_picture(find_picture(folder, (f"{name}.jpg",)))
+    try:
+        root = ElementTree.parse(annotations).getroot()
+    except OSError:
+        raise Unusable("file of annotations is missing") from None
+    except ElementTree.ParseError:
+        raise Unusable("file of annotations is not XML") from None
+    if (size := root.find("size")) is not None:
+        require_size(picture, int(size.findtext("width")), int(size.findtext("height")))
+    boxes: dict[str, list[list[float]]] = defaultdict(list)
+    for item in root.iter("object"):
+        # Without a box it is the whole scene, or cannot be seen.
+        if (corners := item.find("bndbox")) is None:
+            continue
+        box = left_out.attempt(f"box of {name}", _box, corners, upright_size(picture))
+        for chain in item.iter("name") if box is not None else ():
+            boxes[chain.text].append(box)
+    said = (left_out.attempt(f"caption of {name}", _said, caption, boxes) for caption in captions)
+    usable = (caption for caption in said if caption is not None)
+    return statements(f"flickr30k/{name}", picture, request, islice(usable, per_picture))
+
+
+def _box(corners: ElementTree.Element, size: tuple[int, int]) -> list[float]:
+    x0, y0, x1, y1 = (int(corners.findtext(side)) for side in ("xmin", "ymin", "xmax", "ymax"))
+    # They count pixels from 1, the last one included.
+    return clipped_box([x0 - 1, y0 - 1, x1, y1], *size)
+
+
+def _said(caption: str, boxes: dict[str, list[list[float]]]) -> tuple[str, list[Phrase]]:
+    text, phrases = caption_phrases(caption)
+    return text, [(start, end, None, box) for start, end, chain in phrases for box in boxes.get(chain, ())]

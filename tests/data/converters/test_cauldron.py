@@ -1,0 +1,84 @@
+import pytest
+from datasets import Dataset, Features, Image, Value
+
+from age_vlm.data.converters.cauldron import cauldron
+from age_vlm.data.left_out import LeftOut
+from age_vlm.data.schema import message_text
+
+
+TURN = {"user": Value("string"), "assistant": Value("string"), "source": Value("string")}
+FEATURES = Features({"images": [Image()], "texts": [TURN]})
+RATINGS = {
+    "source": Value("string"),
+    "relevance_ratings": [Value("int64")],
+    "relevance_min": Value("int64"),
+}
+FINEVISION = Features({"images": [Image()], "texts": [{k: TURN[k] for k in ("user", "assistant")}], **RATINGS})
+
+
+def turn(user, assistant, source="AI2D"):
+    return {"user": user, "assistant": assistant, "source": source}
+
+
+@pytest.fixture
+def pictures(tmp_path, photograph):
+    photograph(tmp_path / "a.jpg")
+    photograph(tmp_path / "b.png", 20, 50)
+    return [{"bytes": (tmp_path / name).read_bytes(), "path": name} for name in ("a.jpg", "b.png")]
+
+
+def test_rows_become_chats(tmp_path, pictures, check, said):
+    rows = [
+        {
+            "images": pictures[:1],
+            "texts": [turn("Question: what?\nAnswer with the letter.", "Answer: B"), turn("Why?", "Because.")],
+        },
+        {"images": pictures, "texts": [turn("Which differs?", "The second.")]},
+        {"images": None, "texts": [turn("Hi", "Hello")]},
+    ]
+    path = tmp_path / "ai2d/train-00000-of-00001.parquet"
+    Dataset.from_list(rows, features=FEATURES).to_parquet(path)
+    one, two, none = check(cauldron(path.parent))
+    assert [item["role"] for item in one["messages"]] == ["user", "assistant"] * 2
+    assert message_text(one["messages"][0]) == "Question: what?\nAnswer with the letter."
+    assert said(one) == ["Answer: B", "Because."]
+    assert [len(sample["images"]) for sample in (one, two, none)] == [1, 2, 0]
+    assert one["images"][0].encoded == pictures[0]["bytes"]
+    assert len({sample["id"] for sample in (one, two, none)}) == 3
+
+
+def test_finevision_with_ratings(pictures, check):
+    row = {
+        "images": pictures,
+        "texts": [{"user": "<image>\n<image>\nsame?", "assistant": "no"}],
+        "source": "nlvr2",
+        "relevance_ratings": [5],
+        "relevance_min": 5,
+    }
+    data = Dataset.from_list([row], features=FINEVISION)
+    (sample,) = check(cauldron(data))
+    assert len(sample["images"]) == 2 and message_text(sample["messages"][0]) == "same?"
+
+
+def test_broken_rows_are_left_out_and_counted(tmp_path, pictures, check):
+    cut = {"bytes": pictures[0]["bytes"][:400], "path": "a.jpg"}
+    good = [turn("what?", "a dog")]
+    rows = [
+        {"images": [cut], "texts": good},
+        {"images": [{"bytes": None, "path": None}], "texts": good},
+        {"images": pictures[:1], "texts": [turn("what?", "")]},
+        {"images": pictures[:1], "texts": [turn(None, "a")]},
+        {"images": pictures[:1], "texts": []},
+        {"images": pictures[:1], "texts": None},
+        {"images": pictures[:1], "texts": good},
+    ]
+    left_out = LeftOut()
+    assert len(check(cauldron(Dataset.from_list(rows, features=FEATURES), left_out=left_out))) == 1
+    assert left_out.counts == {
+        "image cannot be read": 1,
+        "image is missing": 1,
+        "text is empty": 1,
+        "text is missing": 1,
+        "nobody answers": 1,
+        "record is malformed (TypeError)": 1,
+    }

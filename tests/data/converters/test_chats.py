@@ -1,0 +1,88 @@
+import pytest
+from PIL import Image
+
+from age_vlm.data.converters.chats import chat, line, statements
+from age_vlm.data.left_out import Unusable
+from age_vlm.data.schema import message_text, validate_sample
+
+
+def outline(messages):
+    """Of each message its role, and its parts with `#` for a picture."""
+    return [(item["role"], [part["text"] or "#" for part in item["content"]]) for item in messages]
+
+
+def test_a_single_picture_stands_before_its_text():
+    for text in ("<image>\nwhat?", "what?\n<image>", "what?"):
+        assert outline(chat([("user", text), ("assistant", " a dog ")], 1)) == [
+            ("user", ["#", "what?"]),
+            ("assistant", ["a dog"]),
+        ]
+    assert outline(chat([("user", "see <image> here"), ("assistant", "x")], 1))[0] == ("user", ["#", "see here"])
+    assert outline(chat([("user", "<image>\n"), ("assistant", "x")], 1))[0] == ("user", ["#"])
+
+
+def test_several_pictures_stay_where_they_are():
+    turns = [("user", "first: <image>\nsecond: <image>\nsame?"), ("assistant", "no")]
+    assert outline(chat(turns, 2))[0] == ("user", ["first: ", "#", "second: ", "#", "same?"])
+    turns = [("user", "<image>\na?"), ("assistant", "b"), ("user", "<image>\nc?"), ("assistant", "d")]
+    assert [parts for _, parts in outline(chat(turns, 2))] == [["#", "a?"], ["b"], ["#", "c?"], ["d"]]
+    assert outline(chat([("user", "a?"), ("assistant", "b"), ("user", "c?"), ("assistant", "d")], 2)) == [
+        ("user", ["#", "#", "a?"]),
+        ("assistant", ["b"]),
+        ("user", ["c?"]),
+        ("assistant", ["d"]),
+    ]
+
+
+def test_a_system_message_stays_and_an_answer_without_question_goes():
+    turns = [("system", "be brief"), ("assistant", "to what?"), ("user", "a?"), ("assistant", "the tag is <image>")]
+    assert outline(chat(turns, 0)) == [
+        ("system", ["be brief"]),
+        ("user", ["a?"]),
+        ("assistant", ["the tag is <image>"]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("turns", "pictures", "reason"),
+    [
+        ([("user", "a?"), ("assistant", " \n")], 0, "text is empty"),
+        ([("user", " "), ("assistant", "a")], 0, "text is empty"),
+        ([("user", None), ("assistant", "a")], 0, "text is missing"),
+        ([("narrator", "a?"), ("assistant", "a")], 0, "role is unknown"),
+        ([("user", "a?"), ("user", "b?"), ("assistant", "a")], 0, "do not alternate"),
+        ([("user", "a?"), ("assistant", "a"), ("system", "x")], 0, "do not alternate"),
+        ([("user", "a?")], 0, "nobody answers"),
+        ([("assistant", "a")], 0, "nobody answers"),
+        ([], 0, "nobody answers"),
+        ([("user", "<image><image>a?"), ("assistant", "a")], 1, "not as many"),
+        ([("user", "<image>a?"), ("assistant", "a")], 0, "not as many"),
+    ],
+)
+def test_what_is_no_chat_is_unusable(turns, pictures, reason):
+    with pytest.raises(Unusable, match=reason):
+        chat(turns, pictures)
+
+
+def test_statements_answer_one_request():
+    picture = Image.new("RGB", (8, 6))
+    said = [("a dog", [(2, 5, None, [0, 0, 4, 4])]), ("grass", [])]
+    sample = statements("one", picture, "what?", said)
+    validate_sample(sample)
+    assert outline(sample["messages"]) == [
+        ("user", ["#", "what?"]),
+        ("assistant", ["a dog"]),
+        ("user", ["what?"]),
+        ("assistant", ["grass"]),
+    ]
+    (item,) = sample["groundings"]
+    assert message_text(sample["messages"][item["message"]])[item["start"] : item["end"]] == "dog"
+    with pytest.raises(Unusable, match="no text"):
+        statements("one", picture, "what?", [])
+
+
+def test_a_line_is_text_without_needless_blanks():
+    assert line("  a  dog\n") == "a dog"
+    for text, reason in ((" \n", "empty"), (7, "missing"), (None, "missing")):
+        with pytest.raises(Unusable, match=reason):
+            line(text)
