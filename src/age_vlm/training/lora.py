@@ -1,0 +1,71 @@
+"""LoRA and DoRA: which modules of an AGE-VLM to adapt. PEFT does the rest: wrapping, saving, loading, merging.
+
+model = peft.get_peft_model(model, lora_config("cross_attention", rank=8))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from peft import LoraConfig
+
+
+_LAYER = r"(.*\.)?language_model\.layers\.\d+\."
+LORA_TARGETS: dict[str, str] = {
+    "cross_attention": _LAYER + r"cross_attention\.(attn|mlp)\.\w+_proj",
+    "language_model": _LAYER + r"(self_attn|mlp)\.\w+_proj",
+    "both": _LAYER + r"(cross_attention\.attn|cross_attention\.mlp|self_attn|mlp)\.\w+_proj",
+}
+"""Patterns for `target_modules`. The usual lists of names would not do: `q_proj` is in the language model, in the
+cross-attention and in many a vision encoder. No pattern adapts the vision encoder."""
+
+GATES = ("attn_gate", "mlp_gate")
+"""For `modules_to_save`: how much of the pictures comes in, one number a branch of each cross-attention block."""
+
+
+def lora_config(
+    target: str = "cross_attention",
+    *,
+    rank: int = 8,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    use_dora: bool = False,
+    gates: bool = True,
+    modules_to_save: Sequence[str] = (),
+    **options: Any,
+) -> LoraConfig:
+    """A `LoraConfig` for `peft.get_peft_model`.
+
+    Args:
+        target: `cross_attention`, `language_model` or `both`, see `LORA_TARGETS`. With the cross-attention alone, answers
+            to texts without a picture stay those of the base model, bit for bit.
+        alpha: the adapters count `alpha / rank`; twice the rank when left out.
+        gates: whether the gates are trained, whole, and saved with the adapter.
+        modules_to_save: what else is trained and saved whole, `multi_modal_projector` for example.
+        options: other fields of `LoraConfig`.
+
+    Raises:
+        ValueError: one sentence, for a target that is not there, a rank or alpha that is not positive, or a dropout that is
+            no share.
+    """
+    if target not in LORA_TARGETS:
+        nearest = get_close_matches(str(target), LORA_TARGETS, n=1, cutoff=0.0)[0]
+        raise ValueError(f"target: got '{target}', expected one of {', '.join(LORA_TARGETS)} (nearest: '{nearest}').")
+    if rank < 1:
+        raise ValueError(f"rank: got {rank}, expected at least 1.")
+    alpha = 2 * rank if alpha is None else alpha
+    if not alpha > 0:
+        raise ValueError(f"alpha: got {alpha}, expected more than 0.")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout: got {dropout}, expected a share, from 0 to below 1.")
+    return LoraConfig(
+        target_modules=LORA_TARGETS[target],
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        use_dora=use_dora,
+        modules_to_save=[*(GATES if gates else ()), *modules_to_save] or None,
+        **options,
+    )
