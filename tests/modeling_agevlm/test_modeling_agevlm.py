@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM, QuantizedCache, StaticCache
+from transformers.utils import is_hqq_available
 
 from age_vlm import AgeVlmForConditionalGeneration
 from age_vlm.modeling_agevlm.modeling_agevlm import logger
@@ -157,6 +158,25 @@ def test_rows_before_a_picture_get_exactly_nothing_forward_and_backward(make_mod
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_flex_attention_before_a_picture_is_finite(make_model, dtype):
+    # Torch has its backward pass on accelerators alone.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, reference = (make_model(dtype=dtype, attention=name).to(device) for name in ("flex_attention", "sdpa"))
+    ids = torch.tensor([[20, 21, 22, IMAGE_TOKEN_ID, 23, 24], [6, 6, 25, 26, 27, 28]], device=device)
+    mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]], device=device)
+    pixels = torch.randn(1, 3, 32, 32, dtype=dtype, device=device)
+    # Compiling takes longer than all other tests here, and the masks are the same without.
+    with torch.compiler.set_stance("force_eager"), torch.set_grad_enabled(device == "cuda"):
+        logits = model(ids, pixels, attention_mask=mask).logits
+        if device == "cuda":
+            logits.float().logsumexp(-1).mean().backward()
+            assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert logits.isfinite().all()
+    close(logits[mask.bool()], reference(ids, pixels, attention_mask=mask).logits[mask.bool()], dtype)
+
+
 def test_picture_of_another_row_is_nothing(model, make_batch, looks):
     batch = make_batch((1, 1))
     pixels = batch["pixel_values"].clone().requires_grad_()
@@ -165,10 +185,11 @@ def test_picture_of_another_row_is_nothing(model, make_batch, looks):
     assert torch.equal(pixels.grad[1], torch.zeros_like(pixels.grad[1]))
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("visibility", ["latest", "all_previous"])
 @torch.no_grad()
-def test_packed_texts_are_the_texts_alone(make_model, visibility):
-    model = make_model(image_visibility=visibility)
+def test_packed_texts_are_the_texts_alone(make_model, visibility, attention):
+    model = make_model(image_visibility=visibility, attention=attention)
     texts = [[20, IMAGE_TOKEN_ID, 21, 22], [23, 24, 25], [IMAGE_TOKEN_ID, 26, IMAGE_TOKEN_ID, 27]]
     pixels = torch.randn(2, 3, 32, 32)
     shared = [0, 1, 0]
@@ -188,13 +209,23 @@ def test_packed_texts_are_the_texts_alone(make_model, visibility):
 
 
 @pytest.mark.parametrize("use_cache", [None, True, False])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("visibility", ["latest", "all_previous"])
 @torch.no_grad()
-def test_a_shared_picture_is_its_copies(model, make_batch, looks, use_cache):
-    batch = make_batch((2, 0, 2))
+def test_a_shared_picture_is_its_copies(make_model, make_batch, looks, visibility, attention, use_cache):
+    model = make_model(image_visibility=visibility, attention=attention)
+    # In the first row one picture is named twice beside another one.
+    batch = make_batch((3, 0, 2))
     pixels = batch.pop("pixel_values")[:2]
-    shared = torch.tensor([0, 1, 1, 1])
-    expected = model(**batch, pixel_values=pixels[shared]).logits
-    close(model(**batch, pixel_values=pixels, image_indices=shared, use_cache=use_cache).logits, expected)
+    shared = torch.tensor([0, 1, 0, 1, 1])
+    rows = torch.tensor([[row, batch["input_ids"].shape[1] - 1] for row in range(3)])
+    expected = model(**batch, pixel_values=pixels[shared], cross_attention_rows=rows)
+    got = model(**batch, pixel_values=pixels, image_indices=shared, use_cache=use_cache, cross_attention_rows=rows)
+    close(got.logits, expected.logits)
+    for mine, copies in zip(got.cross_attention_maps, expected.cross_attention_maps):
+        # Whichever of its copies they fall on, the attention on each place of a picture is the same.
+        places = pixels.shape[-2:].numel() // 64
+        close(*(maps.unflatten(-1, (-1, places)).sum(-2) for maps in (mine, copies)))
 
 
 @torch.no_grad()
@@ -401,6 +432,7 @@ def test_gates_start_where_the_configuration_says(make_model):
         (lambda b: {"image_indices": torch.tensor([0, -1, 1])}, ["image_indices", "-1", "3 images"]),
         (lambda b: {"cross_attention_rows": torch.tensor([[0, 14]])}, ["cross_attention_rows", "[0, 14]", "3 x 14"]),
         (lambda b: {"cross_attention_rows": torch.tensor([[3, 0]])}, ["cross_attention_rows", "[3, 0]", "3 x 14"]),
+        (lambda b: {"cross_attention_rows": torch.tensor([[0, -1]])}, ["cross_attention_rows", "[0, -1]", "3 x 14"]),
         (lambda b: {"cross_attention_rows": torch.tensor([0, 1])}, ["cross_attention_rows", "(2,)", "(maps, 2)"]),
         (lambda b: {"inputs_embeds": torch.zeros(3, 14, 32)}, ["input_ids", "inputs_embeds", "exactly one"]),
         (lambda b: {"mm_encoder_outputs": {"image": object()}}, ["pixel_values", "mm_encoder_outputs", "both"]),
@@ -419,7 +451,21 @@ def test_bad_input_is_one_sentence(model, make_batch, change, words):
         assert word in str(error.value)
 
 
-def test_a_cache_of_other_rows_is_one_sentence(model, make_batch):
-    cache = model(**make_batch((1, 0)), use_cache=True).past_key_values
+@pytest.mark.parametrize(
+    "make_cache",
+    [
+        lambda config: DynamicCache(config=config),
+        lambda config: StaticCache(config=config, max_cache_len=40),
+        pytest.param(
+            lambda config: QuantizedCache("hqq", config, nbits=8, q_group_size=8),
+            marks=pytest.mark.skipif(not is_hqq_available(), reason="needs hqq"),
+        ),
+    ],
+    ids=["dynamic", "static", "quantised"],
+)
+def test_a_cache_of_other_rows_is_one_sentence(model, make_batch, make_cache):
+    cache = make_cache(model.config.text_config)
+    with torch.no_grad():
+        model(**make_batch((1, 0)), past_key_values=cache)
     with pytest.raises(ValueError, match="past_key_values: got a cache of 2 rows, expected 3"):
         model(input_ids=torch.full((3, 1), 9), past_key_values=cache)
