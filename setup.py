@@ -17,7 +17,7 @@ INSTALL_REQUIRES = [
     "torch>=2.6,<3",  # first release whose SDPA and flex attention transformers 5 relies on
     "torchvision>=0.21,<1",  # goes with torch 2.6; timm and the image processors need it
     "transformers>=5.16,<6",  # the cache and generation hooks of 5.16; a new major breaks model code
-    "timm>=1.0.15,<2",  # feature lists with pruned stages as the tiny preset builds them
+    "timm>=1.0.21,<2",  # first release whose ConvNeXt can be built on the meta device
     "datasets>=4.0,<6",  # `List` features
     "accelerate>=1.10,<2",  # required by transformers.Trainer 5
     "safetensors>=0.5,<1",  # sharded, atomic weight files
@@ -30,7 +30,7 @@ INSTALL_REQUIRES = [
     "matplotlib>=3.8,<4",  # curves and colour maps
     "rich>=13,<16",  # tables on the terminal
     "pyyaml>=6,<7",  # recipes
-    "numpy>=1.26,<3",  # masks and drawing
+    "numpy>=2,<3",  # masks and drawing; pyarrow's wheels, which datasets needs, are for NumPy 2
     "tokenizers>=0.22,<1",  # the word-level tokenizer of models from scratch
     "tqdm>=4.66,<5",  # progress bars
 ]
@@ -38,8 +38,9 @@ INSTALL_REQUIRES = [
 EXTRAS_REQUIRE = {
     # the `sam2` package of Meta builds from source against the installed torch
     "sam2": ["sam2>=1.1"],
-    "test": ["pytest>=8", "hypothesis>=6.100", "pytest-timeout>=2.3"],
-    "dev": ["ruff>=0.14,<1", "pre-commit>=4", "build>=1.2"],
+    # hqq quantises caches on a CPU, where optimum-quanto first compiles C++ for over a minute
+    "test": ["pytest>=8", "hypothesis>=6.100", "pytest-timeout>=2.3", "hqq>=0.2.8,<1"],
+    "dev": ["ruff>=0.14,<1", "pre-commit>=4", "build>=1.2", "nox[uv]>=2025.2"],
 }
 EXTRAS_REQUIRE["dev"] += EXTRAS_REQUIRE["test"]
 

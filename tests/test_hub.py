@@ -1,6 +1,7 @@
 """Checkpoints carry their own code: they load where age-vlm is not installed, and go to the Hub whole."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 import age_vlm
 from age_vlm import AgeVlmForConditionalGeneration, AgeVlmModel, AgeVlmProcessor
 from age_vlm.configuration.checkpoint_code_agevlm import AUTO_MAP, checkpoint_code
+from age_vlm.hub import push_checkpoint, save_checkpoint
 
 
 TEXT = "<|reserved_special_token_0|>What is it?"
@@ -189,10 +191,28 @@ def test_language_model_weights_keep_llama_s_names(checkpoint):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
 def test_dtype_on_load(checkpoint, dtype, make_batch):
+    batch = make_batch((1, 0))
     model = AgeVlmForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype)
     assert model.dtype == dtype and model.lm_head.weight.dtype == dtype
-    assert model(**make_batch((1, 0))).logits.isfinite().all()
+    whole = AgeVlmForConditionalGeneration.from_pretrained(checkpoint)
+    logits, expected = model(**batch).logits, whole(**batch).logits
+    assert logits.dtype == dtype and expected.dtype == torch.float32
+    torch.testing.assert_close(logits.float(), expected, atol=0.1 * expected.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_the_dtype_of_the_file_is_kept_where_none_is_named(make_model, make_batch, tmp_path, dtype):
+    make_model(dtype=dtype).save_pretrained(tmp_path)
+    models = [
+        AgeVlmForConditionalGeneration.from_pretrained(tmp_path, **options)
+        for options in ({}, {"dtype": "auto"}, {"dtype": dtype})
+    ]
+    for model in models:
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+        assert torch.equal(model(**make_batch((1, 0))).logits, models[0](**make_batch((1, 0))).logits)
 
 
 def test_generation_settings_are_saved(checkpoint):
@@ -206,16 +226,24 @@ def test_generation_settings_are_saved(checkpoint):
 # Uploads
 
 
+class Uploads(dict):
+    """Repository -> file -> content; `commits` has repository and branch of each commit."""
+
+
 @pytest.fixture
 def uploads(monkeypatch, tmp_path):
     """The Hub's side of an upload: every commit's files, by repository. Only the network boundary is replaced."""
-    recorded = {}
+    recorded, commits = Uploads(), []
+    recorded.commits = commits
 
     def create_repo(self, repo_id, **kwargs):
         return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
 
     def create_commit(self, repo_id, operations, **kwargs):
         for operation in operations:
+            if isinstance(operation, huggingface_hub.CommitOperationDelete):
+                del recorded[repo_id][operation.path_in_repo]
+                continue
             data = operation.path_or_fileobj
             content = (
                 data
@@ -225,14 +253,18 @@ def uploads(monkeypatch, tmp_path):
                 else data.read()
             )
             recorded.setdefault(repo_id, {})[operation.path_in_repo] = content
+        commits.append((repo_id, kwargs.get("revision")))
         return huggingface_hub.CommitInfo(
             commit_url=f"https://huggingface.co/{repo_id}/commit/0", commit_message="", commit_description="", oid="0"
         )
 
-    def create_branch(self, *args, **kwargs):
-        pass
+    def create_branch(self, repo_id, *, branch, **kwargs):
+        commits.append(("new branch", branch))
 
-    for function in (create_repo, create_commit, create_branch):
+    def list_repo_files(self, repo_id, **kwargs):
+        return list(recorded.get(repo_id, ()))
+
+    for function in (create_repo, create_commit, create_branch, list_repo_files):
         monkeypatch.setattr(huggingface_hub.HfApi, function.__name__, function)
         name = function.__name__
         for module in list(sys.modules.values()):
@@ -281,3 +313,153 @@ def test_saving_with_push_uploads_the_same(make_config, processor, make_model, u
         saved.save_pretrained(tmp_path / name, push_to_hub=True, repo_id=f"someone/{name}")
         assert set(uploads[f"someone/{name}"]) == {file.name for file in (tmp_path / name).iterdir()}
         assert set(checkpoint_code()) <= set(uploads[f"someone/{name}"])
+
+
+def test_a_pushed_checkpoint_is_one_commit_with_a_card(make_model, processor, make_batch, picture, uploads, tmp_path):
+    model = make_model()
+    push_checkpoint(model, processor, "someone/model")
+    assert uploads.commits == [("someone/model", None)]
+    files = uploads["someone/model"]
+    save_checkpoint(model, processor, tmp_path / "saved", "a card")
+    assert set(files) == {file.name for file in (tmp_path / "saved").iterdir()}
+    card = huggingface_hub.ModelCard(files["README.md"].decode())
+    assert card.data.pipeline_tag == "image-text-to-text" and card.data.library_name == "transformers"
+    assert 'model="someone/model", trust_remote_code=True' in card.text and "THIS/REPOSITORY" not in card.text
+    folder = written(files, tmp_path / "downloaded")
+    with torch.no_grad():
+        batch = make_batch((1, 0))
+        assert torch.equal(AutoModelForImageTextToText.from_pretrained(folder)(**batch).logits, model(**batch).logits)
+    # The card that a training run wrote, and weights in other files than those of last time.
+    model.config.alignment = {"form": "nll"}
+    push_checkpoint(model, processor, "someone/model", "see THIS/REPOSITORY", revision="next")
+    assert uploads.commits[1:] == [("new branch", "next"), ("someone/model", "next")]
+    assert uploads["someone/model"]["README.md"] == b"see someone/model"
+    assert json.loads(uploads["someone/model"]["config.json"])["alignment"] == {"form": "nll"}
+
+
+def test_weights_of_an_earlier_upload_do_not_stay(make_model, processor, uploads):
+    model = make_model()
+    uploads["someone/model"] = {
+        "model-00001-of-00002.safetensors": b"",
+        "model-00002-of-00002.safetensors": b"",
+        "model.safetensors.index.json": b"",
+        "notes.md": b"mine",
+    }
+    push_checkpoint(model, processor, "someone/model")
+    weights = [name for name in uploads["someone/model"] if "safetensors" in name]
+    assert weights == ["model.safetensors"] and uploads["someone/model"]["notes.md"] == b"mine"
+
+
+# Revisions
+
+
+@pytest.fixture(scope="module")
+def revisions(make_model, processor, tmp_path_factory):
+    """A Hub repository with two commits, as far as it was downloaded: the cache folder, and the models."""
+    cache = tmp_path_factory.mktemp("hub")
+    repository = cache / "models--someone--model"
+    models = {"main": make_model(seed=1), "v0": make_model(seed=2, image_visibility="all_previous")}
+    for number, (revision, model) in enumerate(models.items()):
+        commit = f"{number + 1:040x}"
+        save_checkpoint(model, processor, repository / "snapshots" / commit)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+        models[revision] = (commit, model)
+    return cache, models
+
+
+@pytest.mark.parametrize("revision", ["main", "v0"])
+@torch.no_grad()
+def test_a_revision_is_loaded_whole(revisions, make_batch, revision):
+    cache, models = revisions
+    commit, model = models[revision]
+    batch = make_batch((2, 0))
+    names = [{"revision": revision}, {"revision": commit}, *([{}] if revision == "main" else [])]
+    for name in names:
+        loaded = AutoModelForImageTextToText.from_pretrained("someone/model", cache_dir=cache, **name)
+        assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+        assert loaded.config.image_visibility == model.config.image_visibility
+        config = AutoConfig.from_pretrained("someone/model", cache_dir=cache, **name)
+        assert config.image_visibility == model.config.image_visibility
+        AutoProcessor.from_pretrained("someone/model", cache_dir=cache, **name)
+    with pytest.raises(OSError, match="find them in the cached files"):
+        AutoModelForImageTextToText.from_pretrained("someone/model", cache_dir=cache, revision="v9")
+
+
+# Old checkpoints
+
+
+FIXTURES = Path(__file__).parent / "fixtures"
+OLD = pytest.mark.parametrize("old", sorted(FIXTURES.glob("age-vlm-*")), ids=lambda folder: folder.name)
+
+# As `assert_as_it_was` below, in a process that finds transformers and not age-vlm.
+LOAD_OLD = """
+import json, sys
+sys.modules["age_vlm"] = None
+folder = sys.argv[1]
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+stored = load_file(f"{folder}/expected.safetensors")
+messages = json.load(open(f"{folder}/expected.json"))["messages"]
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules.")
+assert type(AutoConfig.from_pretrained(folder, trust_remote_code=True)).__name__ == "AgeVlmConfig"
+text = processor.apply_chat_template(messages, add_generation_prompt=True)
+batch = processor(images=[list(stored["picture"].permute(0, 3, 1, 2))], text=[text], return_tensors="pt")
+with torch.no_grad():
+    logits = model(stored["input_ids"], stored["pixel_values"]).logits
+    answer = model.generate(**batch, do_sample=False, max_new_tokens=stored["answer"].shape[1])
+torch.save({**batch, "logits": logits, "answer": answer[:, batch["input_ids"].shape[1]:]}, sys.argv[2])
+"""
+
+
+def assert_as_it_was(folder, got):
+    stored = load_file(folder / "expected.safetensors")
+    assert torch.equal(got["input_ids"], stored["input_ids"])
+    assert torch.equal(got["answer"], stored["answer"])
+    # Resizing differs by less than a grey level from one version of the libraries to another.
+    torch.testing.assert_close(got["pixel_values"], stored["pixel_values"], atol=0.02, rtol=0)
+    torch.testing.assert_close(got["logits"], stored["logits"], atol=1e-3, rtol=1e-4)
+
+
+@OLD
+def test_an_old_checkpoint_loads_in_this_version(old, caplog, monkeypatch):
+    for name in ("transformers", "age_vlm"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    stored = load_file(old / "expected.safetensors")
+    config, model = AutoConfig.from_pretrained(old), AutoModelForImageTextToText.from_pretrained(old)
+    processor = AutoProcessor.from_pretrained(old)
+    assert isinstance(config, age_vlm.AgeVlmConfig)
+    assert isinstance(model, AgeVlmForConditionalGeneration) and isinstance(processor, AgeVlmProcessor)
+    assert not caplog.text, "no weight and no key that this version does not know"
+    # As JSON, whose keys are strings.
+    saved, loaded = json.loads((old / "config.json").read_text()), json.loads(json.dumps(config.to_dict()))
+    del saved["transformers_version"]
+    for part in ("text_config", "vision_config"):
+        values = saved.pop(part)
+        assert {key: loaded[part].get(key) for key in values} == values
+    assert {key: loaded.get(key) for key in saved} == saved
+
+    text = processor.apply_chat_template(
+        json.loads((old / "expected.json").read_text())["messages"], add_generation_prompt=True
+    )
+    batch = processor(images=[list(stored["picture"].permute(0, 3, 1, 2))], text=[text], return_tensors="pt")
+    with torch.no_grad():
+        logits = model(stored["input_ids"], stored["pixel_values"]).logits
+        answer = model.generate(**batch, do_sample=False, max_new_tokens=stored["answer"].shape[1])
+    assert_as_it_was(old, {**batch, "logits": logits, "answer": answer[:, batch["input_ids"].shape[1] :]})
+
+
+@OLD
+def test_an_old_checkpoint_loads_by_its_own_code(old, tmp_path):
+    python(LOAD_OLD, old, tmp_path / "got.pt", home=tmp_path)
+    assert_as_it_was(old, torch.load(tmp_path / "got.pt"))
+
+
+@OLD
+def test_an_old_checkpoint_is_small(old):
+    assert sum(file.stat().st_size for file in old.iterdir()) <= 300_000

@@ -1,17 +1,34 @@
+import os
+import subprocess
+import sys
+
+import huggingface_hub
+import pytest
 import yaml
 from huggingface_hub import ModelCard
+from PIL import Image
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
+)
 
+from age_vlm import AgeVlmForConditionalGeneration, AgeVlmProcessor
 from age_vlm.data.sources import DataSource
-from age_vlm.model_card import model_card
+from age_vlm.hub import save_checkpoint
+from age_vlm.model_card import ANY_QUESTION, THIS_REPOSITORY, config_parts, is_hub_id, model_card, parts_card
 from age_vlm.training.recipe import DataRecipe, ModelRecipe, Recipe
 
 
 METRICS = {"model": {"pope/random/accuracy": 0.98765, "attention_mass": 0.5}, "blank picture": {"count/accuracy": 0.25}}
+TRANSFORMER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 ENVIRONMENT = {"python": "3.11", "torch": "2.15", "threads": 2}
 
 
 def card_of(recipe, metrics=METRICS):
-    source = DataSource(train=[], validation=[], test=[None] * 7, tokenizer=None)
+    source = DataSource(train=[], validation=[], test=[None] * 7, texts=list)
     return model_card(recipe, metrics, ENVIRONMENT, source)
 
 
@@ -55,3 +72,136 @@ def test_limits_are_those_of_the_data():
     photographs = DataRecipe(kind="label_maps", images="a", labels="b", classes=["sky", "road"])
     assert "classes sky, road in photographs" in card_of(Recipe(data=photographs))
     assert "drawn scenes of 64 x 64" in card_of(Recipe())
+
+
+# Parts
+
+
+@pytest.fixture(scope="module")
+def backbones(tmp_path_factory, tokenizer):
+    """Text and vision folders, as downloaded from the Hub: with a card each."""
+    folder = tmp_path_factory.mktemp("backbones")
+    config = LlamaConfig(**TRANSFORMER, vocab_size=300, bos_token_id=0, eos_token_id=5, pad_token_id=6)
+    LlamaForCausalLM(config).save_pretrained(folder / "text")
+    tokenizer.save_pretrained(folder / "text")
+    SiglipModel(
+        SiglipConfig(
+            text_config={**TRANSFORMER, "vocab_size": 99, "projection_size": 32},
+            vision_config={**TRANSFORMER, "image_size": 64, "patch_size": 16},
+        )
+    ).save_pretrained(folder / "vision")
+    SiglipImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder / "vision")
+    for part, license in (("text", "llama3.2"), ("vision", "apache-2.0")):
+        (folder / part / "README.md").write_text(f"---\nlicense: {license}\n---\n# a part\n")
+    return {part: folder / part for part in ("text", "vision")}
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """Repository and its files -> they are what was downloaded of it."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def add(repository, files, commit="0" * 40):
+        folder = tmp_path / "hub" / f"models--{repository.replace('/', '--')}"
+        for path, text in {
+            "refs/main": commit,
+            **{f"snapshots/{commit}/{name}": files[name] for name in files},
+        }.items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text(text)
+
+    return add
+
+
+@pytest.fixture
+def built(backbones):
+    return AgeVlmForConditionalGeneration.from_backbones(**backbones)
+
+
+def test_a_model_from_parts_names_them_and_their_licences(built, backbones, tmp_path):
+    built.save_pretrained(tmp_path)
+    for model in (built, AgeVlmForConditionalGeneration.from_pretrained(tmp_path)):
+        names = [part.name for part in config_parts(model.config)]
+        assert names == [str(backbones["text"]), str(backbones["vision"])]
+        card = ModelCard(parts_card(model))
+        assert card.data.pipeline_tag == "image-text-to-text" and card.data.library_name == "transformers"
+        assert card.data.license == "other" and card.data.license_name == "that-of-its-parts"
+        assert card.data.base_model is None, "a folder is no model of the Hub"
+        assert "| language model | a local folder | llama3.2 |" in card.text
+        assert "| vision encoder | a local folder | apache-2.0 |" in card.text
+        assert str(backbones["text"]) not in card.text
+        assert "Every gate is closed" in card.text
+
+
+def test_parts_of_the_hub_are_its_base_models(built, hub_cache):
+    built.config.text_config.name_or_path, built.config.vision_config.name_or_path = "some/llama", "some/encoder"
+    card = ModelCard(parts_card(built))
+    assert card.data.base_model == ["some/llama", "some/encoder"] and card.data.license == "other"
+    assert "[some/llama](https://huggingface.co/some/llama) | not known: see its card |" in card.text
+    hub_cache("some/llama", {"README.md": "---\nlicense: mit\n---\n"})
+    assert ModelCard(parts_card(built)).data.license == "other", "of one the licence is not known"
+    hub_cache("some/encoder", {"README.md": "---\nlicense: mit\n---\n"})
+    card = ModelCard(parts_card(built))
+    assert card.data.license == "mit" and card.data.license_name is None
+    assert card.text.count("| mit |") == 2
+
+
+def test_open_gates_and_random_beginnings_are_told_apart(make_model):
+    card = ModelCard(parts_card(make_model()))
+    assert "Every gate is closed" not in card.text
+    assert card.data.license == "apache-2.0" and "## Parts" not in card.text
+    assert "layers 1, 3, counted from 0" in card.text
+
+
+def test_a_recipe_that_goes_on_from_a_checkpoint_keeps_its_parts(built):
+    source = DataSource(train=[], validation=[], test=[], texts=list)
+    recipe = Recipe(model=ModelRecipe(checkpoint="runs/before/checkpoint"))
+    built.config.text_config.name_or_path = "some/llama"
+    card = ModelCard(model_card(recipe, METRICS, ENVIRONMENT, source, built.config))
+    assert card.data.base_model == ["some/llama"] and card.data.license == "other"
+    assert ModelCard(model_card(recipe, METRICS, ENVIRONMENT, source)).data.base_model is None
+
+
+def test_folders_are_not_taken_for_repositories(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some" / "llama").mkdir(parents=True)
+    assert [is_hub_id(name) for name in ("some/llama", "some/encoder", "llama", "a/b/c", "/some/llama", "")] == [
+        False,
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]
+    recipe = Recipe(model=ModelRecipe(text="some/llama", vision="some/encoder"))
+    assert ModelCard(card_of(recipe)).data.base_model == ["some/encoder"]
+
+
+def test_the_snippets_of_the_cards_run(built, backbones, tmp_path):
+    processor = AgeVlmProcessor.from_backbones(**backbones)
+    photographs = DataRecipe(kind="label_maps", images="a", labels="b", classes=["sky", "road"])
+    cards = [parts_card(built), card_of(Recipe()), card_of(Recipe(data=photographs))]
+    folder = save_checkpoint(built, processor, tmp_path / "checkpoint")
+    # As someone runs them who has not got age-vlm.
+    lines = ["import sys", "sys.modules['age_vlm'] = None"]
+    for card in cards:
+        snippet = card.split("```python\n")[1].split("```")[0]
+        assert snippet.count(THIS_REPOSITORY) == 1
+        lines.append(snippet.replace(THIS_REPOSITORY, str(folder)))
+    (tmp_path / "snippets.py").write_text("\n".join(lines))
+    Image.effect_mandelbrot((40, 30), (-2, -1.5, 1, 1.5), 50).save(tmp_path / "picture.png")
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "snippets.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=240)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    messages = [
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        for question in (ANY_QUESTION, "is there a red circle in the picture ?", "is there a sky ?")
+    ]
+    expected = []
+    for message in messages:
+        text = processor.apply_chat_template(message, add_generation_prompt=True)
+        batch = processor(images=Image.open(tmp_path / "picture.png"), text=text, return_tensors="pt")
+        answer = built.generate(**batch, max_new_tokens=16)[0, batch["input_ids"].shape[1] :]
+        expected.append(processor.decode(answer, skip_special_tokens=True))
+    assert done.stdout.decode() == "".join(f"{answer}\n" for answer in expected)

@@ -1,12 +1,27 @@
+import json
+import logging
 import os
+import re
 import subprocess
 import sys
 import textwrap
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
+    LlamaConfig,
+    LlamaForCausalLM,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionConfig,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
-from age_vlm import hub
+from age_vlm import AgeVlmForConditionalGeneration, AgeVlmModel, hub
 from age_vlm.hub import load_checkpoint, save_checkpoint
 
 
@@ -24,6 +39,7 @@ def test_a_saved_checkpoint_is_whole_and_alone(make_model, processor, tmp_path):
         assert torch.equal(value, loaded.state_dict()[name]), name
     assert loaded_processor.chat_template == processor.chat_template
     assert os.stat(folder).st_mode & 0o055 == 0o055  # others may read it, as with any folder
+    assert all(os.stat(file).st_mode & 0o044 == 0o044 for file in folder.iterdir())
 
 
 def test_a_checkpoint_replaces_the_one_before(make_model, processor, tmp_path):
@@ -105,8 +121,6 @@ def test_a_place_that_cannot_be_written_is_one_sentence(make_model, processor, t
 
 
 def test_other_models_and_broken_files_are_one_sentence(make_model, processor, tmp_path):
-    from transformers import LlamaForCausalLM
-
     model = make_model()
     LlamaForCausalLM(model.config.text_config).save_pretrained(tmp_path / "llama")
     broken = save_checkpoint(model, processor, tmp_path / "broken")
@@ -120,3 +134,132 @@ def test_other_models_and_broken_files_are_one_sentence(make_model, processor, t
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="unknown option"):
         load_checkpoint(tmp_path / "broken", cross_attention_layer=[1])
+
+
+# Weights that do not fit
+
+
+def change(folder, **weights):
+    """Rewrites the weights of a checkpoint: `name=None` takes one out, with `__` for the dots of its name."""
+    saved = load_file(folder / "model.safetensors")
+    for name, value in weights.items():
+        saved[name.replace("__", ".")] = value
+    save_file({name: value for name, value in saved.items() if value is not None}, folder / "model.safetensors")
+
+
+GATE = "model.language_model.layers.1.cross_attention.attn_gate.weight"
+PATCHES = "model.vision_tower.timm_model.stem_0.weight"
+EMBEDDINGS = "model.language_model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("lacking", [[GATE], [PATCHES], [EMBEDDINGS], [GATE, PATCHES]])
+def test_missing_weights_are_one_sentence_that_names_the_first(make_model, processor, tmp_path, lacking):
+    folder = save_checkpoint(make_model(), processor, tmp_path / "checkpoint")
+    change(folder, **dict.fromkeys(name.replace(".", "__") for name in lacking))
+    for load in (AgeVlmForConditionalGeneration, AutoModelForImageTextToText, AgeVlmModel, AutoModel):
+        with pytest.raises(
+            ValueError, match=rf"^weights: '{folder}' lacks \d+ of AgeVlm\w+, first .*expected"
+        ) as caught:
+            load.from_pretrained(folder)
+        assert "\n" not in str(caught.value)
+        for name in lacking:
+            assert name.removeprefix("model.") in str(caught.value)
+    with pytest.raises(
+        ValueError, match=rf"^model: '{folder}' could not be loaded .*: it lacks \d+ weights, first '\S+'"
+    ):
+        load_checkpoint(folder)
+    # Who asks for the report has it instead, and the rest as it was saved.
+    model, report = AgeVlmForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert set(lacking) <= set(report["missing_keys"]) <= {*lacking, "lm_head.weight"}
+    for name, value in load_file(folder / "model.safetensors").items():
+        assert torch.equal(model.state_dict()[name], value)
+
+
+def test_a_shard_that_is_not_there_is_one_sentence(make_model, processor, tmp_path):
+    make_model().save_pretrained(tmp_path, max_shard_size="50KB")
+    processor.save_pretrained(tmp_path)
+    load_checkpoint(tmp_path)
+    first, *_ = sorted(tmp_path.glob("model-*.safetensors"))
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    saved = load_file(first)
+    gone = sorted(saved)[0]
+    save_file({name: value for name, value in saved.items() if name != gone}, first)
+    with pytest.raises(ValueError, match=f"it lacks 1 weights, first '{gone}'"):
+        load_checkpoint(tmp_path)
+    assert index["weight_map"].pop(gone) == first.name
+    first.unlink()
+    with pytest.raises(
+        ValueError, match=f"^model: '{tmp_path}' could not be loaded as an AGE-VLM: .*{first.name}"
+    ) as caught:
+        load_checkpoint(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_head_alone_may_be_asked_for_beside_a_body(make_model, make_batch, tmp_path):
+    untied = {"text": {"tie_word_embeddings": False}}
+    whole, body = tmp_path / "whole", tmp_path / "body"
+    model = make_model(**untied)
+    model.save_pretrained(whole)
+    model.model.save_pretrained(body)
+    assert torch.equal(*(AgeVlmModel.from_pretrained(one)(**make_batch((1, 0)))[0] for one in (whole, body)))
+    with pytest.raises(ValueError, match="lacks 1 of AgeVlmForConditionalGeneration, first lm_head.weight;"):
+        AgeVlmForConditionalGeneration.from_pretrained(body)
+    _, report = AgeVlmForConditionalGeneration.from_pretrained(body, output_loading_info=True)
+    assert report["missing_keys"] == {"lm_head.weight"}
+    # Tied, the head is the embeddings, which the body has.
+    make_model().model.save_pretrained(body)
+    AgeVlmForConditionalGeneration.from_pretrained(body)
+
+
+def test_weights_of_the_caller_s_own_may_be_few(model):
+    fresh = AgeVlmForConditionalGeneration.from_pretrained(None, config=model.config, state_dict={})
+    assert not any(parameter.is_meta for parameter in fresh.parameters())
+
+
+def test_weights_that_have_no_place_warn(make_model, processor, make_batch, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    model = make_model()
+    folder = save_checkpoint(model, processor, tmp_path / "checkpoint")
+    AgeVlmForConditionalGeneration.from_pretrained(folder)
+    assert not caplog.text
+    change(folder, model__language_model__layers__0__cross_attention__attn_gate__weight=torch.ones(1))
+    loaded = AgeVlmForConditionalGeneration.from_pretrained(folder)
+    assert "layers.0.cross_attention.attn_gate.weight" in caplog.text and "UNEXPECTED" in caplog.text
+    assert torch.equal(loaded(**make_batch((1, 0))).logits, model(**make_batch((1, 0))).logits)
+
+
+def test_weights_of_another_shape_are_one_sentence(make_model, processor, tmp_path):
+    folder = save_checkpoint(make_model(), processor, tmp_path / "checkpoint")
+    change(folder, **{GATE.replace(".", "__"): torch.ones(2)})
+    with pytest.raises(ValueError, match=rf"AGE-VLM: its '{GATE}' has shape \(2,\), expected \(1,\)\.$"):
+        load_checkpoint(folder)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):  # as for any model of transformers
+        AgeVlmForConditionalGeneration.from_pretrained(folder)
+    model = AgeVlmForConditionalGeneration.from_pretrained(folder, ignore_mismatched_sizes=True)
+    assert model.state_dict()[GATE].shape == (1,)
+
+
+def test_blocks_that_the_checkpoint_has_not_are_not_made_up(make_model, processor, tmp_path):
+    folder = save_checkpoint(make_model(), processor, tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match=r"it lacks 13 weights, first 'model.language_model.layers.2.cross_attention"):
+        load_checkpoint(folder, cross_attention_layers=[1, 2, 3])
+
+
+def test_parts_that_lack_weights_build_nothing(tmp_path):
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**shape, vocab_size=300)).save_pretrained(tmp_path / "text")
+    vision = SiglipVisionConfig(**shape, image_size=64, patch_size=16).to_dict()
+    SiglipModel(SiglipConfig(text_config={**shape, "vocab_size": 99}, vision_config=vision)).save_pretrained(
+        tmp_path / "siglip"
+    )
+    ViTForImageClassification(ViTConfig(**shape, image_size=64, patch_size=16)).save_pretrained(tmp_path / "vit")
+    for encoder, names in (("siglip", r"vision_model.*layers.1.mlp.fc1.weight$"), ("vit", r"layer.*\.1\..*weight$")):
+        # The classifier has no pooler, whose output nothing reads.
+        AgeVlmForConditionalGeneration.from_backbones(tmp_path / "text", tmp_path / encoder, image_token_id=2)
+        for part, pattern in ((encoder, names), ("text", "layers.1.mlp.up_proj.weight$")):
+            whole = (tmp_path / part / "model.safetensors").read_bytes()
+            gone = next(name for name in load_file(tmp_path / part / "model.safetensors") if re.search(pattern, name))
+            change(tmp_path / part, **{gone.replace(".", "__"): None})
+            with pytest.raises(ValueError, match=r"^text, vision: 1 weights are not in .*layers\.1\.\S+'\.$"):
+                AgeVlmForConditionalGeneration.from_backbones(tmp_path / "text", tmp_path / encoder, image_token_id=2)
+            (tmp_path / part / "model.safetensors").write_bytes(whole)

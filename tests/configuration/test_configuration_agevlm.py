@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoConfig, LlamaConfig
+from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig
 
 from age_vlm import AgeVlmConfig, AgeVlmForConditionalGeneration
 from age_vlm.configuration.configuration_agevlm import logger
@@ -76,13 +76,39 @@ def test_what_cannot_be_built_is_one_sentence(make_config, settings, words):
         assert word in message
 
 
-def test_a_misspelt_key_in_a_file_warns_and_names_the_nearest(make_config, caplog, monkeypatch):
+@pytest.fixture
+def warnings(caplog, monkeypatch):
     monkeypatch.setattr(logger, "propagate", True)
-    AgeVlmConfig(**{**make_config().to_dict(), "cross_atention_layers": [0]})
-    assert "cross_atention_layers" in caplog.text and "'cross_attention_layers'" in caplog.text
-    caplog.clear()
-    AgeVlmConfig(**make_config().to_dict())
-    assert not caplog.text
+    return lambda: [record.getMessage() for record in caplog.records if record.name == logger.name]
+
+
+def test_misspelt_keys_in_a_file_warn_and_name_the_nearest(make_config, warnings, tmp_path):
+    make_config().save_pretrained(tmp_path)
+    AutoConfig.from_pretrained(tmp_path)
+    assert not warnings()
+    saved = json.loads((tmp_path / "config.json").read_text())
+    saved |= {"cross_atention_layers": [0], "image_token": 2}
+    saved["text_config"]["num_hidden_layer"] = 2
+    saved["vision_config"]["model_arg"] = {}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert sorted(set(warnings())) == [
+        "cross_atention_layers: unknown option of AgeVlmConfig (nearest: 'cross_attention_layers').",
+        "image_token: unknown option of AgeVlmConfig (nearest: 'image_token_id').",
+        "text_config.num_hidden_layer: unknown option of LlamaConfig (nearest: 'num_hidden_layers').",
+        "vision_config.model_arg: unknown option of TimmWrapperConfig (nearest: 'model_args').",
+    ]
+    assert config.cross_attention_layers == [1, 3] and config.text_config.num_hidden_layers == 4
+
+
+@pytest.mark.parametrize(
+    "model_type", ["clip_vision_model", "convnext", "dinov2", "siglip_vision_model", "swin", "vit"]
+)
+def test_what_parts_save_of_themselves_does_not_warn(make_config, warnings, model_type):
+    vision_config = CONFIG_MAPPING[model_type]().to_dict()
+    text_config = {**make_config().text_config.to_dict(), "rope_theta": 1e4, "of_the_model_s_own": 5}
+    make_config(text=text_config, vision_config=vision_config)
+    assert not warnings()
 
 
 def test_building_does_not_change_the_configuration(make_config):
