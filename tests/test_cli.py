@@ -4,12 +4,14 @@ import subprocess
 import sys
 import textwrap
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from age_vlm.cli import main
+from age_vlm.data.scene_datasets import to_dataset
 from age_vlm.data.sources import load_source
 from age_vlm.hub import save_checkpoint
 from age_vlm.training.recipe import DataRecipe, ModelRecipe
@@ -123,12 +125,68 @@ def test_ask_refuses(capsys, checkpoint, picture, arguments, words):
 
 
 def test_arguments_that_are_missing(capsys):
-    stray = [["ask", "what ?", "--image", "a.png", "more"], ["train", "recipe.yaml", "--outptu", "out"]]
+    stray = [
+        ["ground", "data"],
+        ["ask", "what ?", "--image", "a.png", "more"],
+        ["train", "recipe.yaml", "--outptu", "out"],
+    ]
     for arguments in ([], ["ask", "what ?"], ["trian", "recipe.yaml"], *stray):
         with pytest.raises(SystemExit) as ended:
             main(arguments)
         assert ended.value.code == 2
         assert "usage:" in capsys.readouterr().err
+
+
+# ground
+
+
+@pytest.fixture
+def scenes(tmp_path):
+    to_dataset("train", 3).save_to_disk(tmp_path / "scenes")
+    return "scenes"
+
+
+def test_ground_says_what_it_made_and_where(capsys, scenes, tmp_path):
+    arguments = ["ground", scenes, "--teacher", "annotated", "--max-area", "0.06", "--output", "out"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "phrases left out: its mask covers more than 0.06 of the picture" in printed
+    assert "Report: out/report.html" in printed and 'load_dataset("out", split="train")' in printed
+    before = files(tmp_path / "out")
+    assert main(arguments) == 0
+    assert files(tmp_path / "out") == before
+    refused(
+        capsys,
+        [*arguments, "--min-area", "0.01"],
+        "output: 'out' holds a run with settings.min_area 0.0, this one has 0.01",
+    )
+    assert files(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["scenes", "--teacher", "sam4"], "teacher: got 'sam4', expected one of annotated, sam2"),
+        (["scenes", "--teacher", "sam3", "--model", "huge"], "model: got 'huge', expected one of large"),
+        (["scenes", "--teacher", "sam3"], "model: 'facebook/sam3' is not in the cache and the Hub cannot be reached"),
+        (["scenes", "--teacher", "sam2-transformers", "--model", "scenes"], "model: 'scenes' cannot be loaded"),
+        (["scenes", "--teacher", "annotated", "--device", "cuda:77"], "device: 'cuda:77' cannot be used"),
+        (["scenes", "--teacher", "annotated", "--dtype", "int4"], "dtype: got 'int4'"),
+        (["scenes", "--teacher", "annotated", "--min-score", "2"], "min_score: got 2.0, expected 0 to 1"),
+        (["scenes", "--teacher", "annotated", "--batch-size", "0"], "batch_size: got 0"),
+        (
+            ["scenes", "--teacher", "annotated", "--output", "scenes"],
+            "output: 'scenes' is not a folder of `age-vlm ground`",
+        ),
+        (["nowhere", "--teacher", "annotated"], "data: 'nowhere' .a Hub id, and no folder here. cannot be loaded"),
+        (["pictures", "--teacher", "annotated"], "data: got the columns picture, expected those of the schema"),
+    ],
+)
+def test_ground_refuses_and_leaves_nothing(capsys, scenes, tmp_path, arguments, words):
+    datasets.Dataset.from_dict({"picture": [1]}).save_to_disk(tmp_path / "pictures")
+    before = files(tmp_path)
+    refused(capsys, ["ground", *arguments], words)
+    assert files(tmp_path) == before
 
 
 # train
@@ -142,6 +200,8 @@ def test_arguments_that_are_missing(capsys):
         ("training.learning_rat=1", "training.learning_rat: unknown key, .*nearest: 'learning_rate'"),
         ("alignment.layers=[7]", "alignment.layers: got 7"),
         ("model.config={cross_attention_layer: [1]}", "cross_attention_layer: unknown option"),
+        ("model.checkpoint=previous", "model.checkpoint: got 'previous', expected a folder or Hub id"),
+        ("data={kind: dataset, path: nowhere}", "data.path: 'nowhere' could not be loaded as a data set"),
         ("model.checkpoint=nowhere", "model.checkpoint: 'nowhere' could not be loaded"),
         ("data.kind=label_maps", "data: kind 'label_maps' needs images, labels and classes"),
         ("seed", "override: got 'seed'"),
@@ -176,15 +236,46 @@ def test_label_maps_of_another_size(capsys, recipe, tmp_path):
 
 def test_a_run_folder_is_only_replaced_when_asked(capsys, recipe, tmp_path):
     arguments = ["train", recipe, *SHORT, "--output", "out"]
-    assert main(arguments) == 0
+    assert main([*arguments, "--resume"]) == 0  # there is nothing to resume yet: it starts
     printed = capsys.readouterr().out
     assert "Report: out/report.html" in printed and "pope/adversarial/accuracy" in printed
     before = files(tmp_path / "out")
+    assert main([*arguments, "--resume"]) == 0
+    assert printed.endswith(capsys.readouterr().out)
+    refused(
+        capsys, [*arguments, "--resume", "seed=1"], "run folder: 'out' is of another recipe .seed: 0 there, 1 here."
+    )
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--resume", "--overwrite"])
+    assert ended.value.code == 2 and "not allowed with argument" in capsys.readouterr().err
     refused(capsys, arguments, "run folder: 'out' exists")
     # One that fails on its way, however far it came, leaves the earlier one.
     refused(capsys, [*arguments, "alignment.layers=[9]", "--overwrite"], "alignment.layers: got 9")
     assert files(tmp_path / "out") == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "recipe.yaml"]
+
+
+# pipeline
+
+
+def test_a_pipeline_prints_a_table_of_its_stages(capsys, recipe, tmp_path):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / recipe).rename(tmp_path / "recipes" / "only.yaml")
+    arguments = ["pipeline", "recipes", *SHORT, "--output", "out"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "only: started" in printed and "Checkpoint: out/only/checkpoint" in printed
+    table = printed[printed.index("test part of each") :]
+    assert re.search("figure .* only", table) and "pope/adversarial/accuracy" in table
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "only: complete already" in printed and printed.endswith(table)
+    before = files(tmp_path)
+    refused(capsys, [*arguments, "only:seed=4"], "only: run folder: 'out/only' is of another recipe .seed: 0 there, 4")
+    refused(capsys, [*arguments, "other:seed=4"], "override: 'other:seed=4' is for 'other', expected one of only")
+    refused(capsys, [*arguments, "only:training.stps=4"], "only.yaml: training.stps: unknown key")
+    refused(capsys, ["pipeline", "none", "--output", "out"], "recipes: 'none' is not a folder")
+    assert files(tmp_path) == before
 
 
 FULL = textwrap.dedent(

@@ -47,7 +47,32 @@ def _parser() -> argparse.ArgumentParser:
     for command, folder in ((demo, "runs/demo"), (train, "runs/NAME, the recipe's name")):
         command.add_argument("overrides", nargs="*", help="recipe keys: section.key=value")
         command.add_argument("--output", help=f"run folder (default: {folder})")
-        command.add_argument("--overwrite", action="store_true", help="replace an earlier run in that folder")
+        again = command.add_mutually_exclusive_group()
+        again.add_argument("--overwrite", action="store_true", help="replace an earlier run in that folder")
+        again.add_argument("--resume", action="store_true", help="go on where a run in that folder was stopped")
+
+    pipeline = commands.add_parser("pipeline", help="train a folder of recipes in turn; run again, it continues")
+    pipeline.add_argument("recipes", help="folder of YAML files, run in the order of their names")
+    pipeline.add_argument(
+        "overrides", nargs="*", help="recipe keys: section.key=value for all, RECIPE:section.key=value for one"
+    )
+    pipeline.add_argument("--output", required=True, help="folder with a run folder for each recipe")
+    pipeline.set_defaults(run=_pipeline)
+
+    ground = commands.add_parser("ground", help="make masks for the phrases of a data set; run again, it continues")
+    ground.add_argument("data", help="folder or Hub id: columns of the schema, or image and phrases (and boxes)")
+    ground.add_argument("--teacher", required=True, help="annotated, sam2, sam2-transformers or sam3")
+    ground.add_argument("--model", help="tiny, small, base-plus, large, a Hub id or a folder (default: large)")
+    ground.add_argument("--output", default="runs/masks", help="folder of the run (default: runs/masks)")
+    ground.add_argument("--split", default="train", help="part of the data set (default: train)")
+    ground.add_argument("--min-score", type=float, default=0.5, help="least score of a mask (default: 0.5)")
+    ground.add_argument("--min-area", type=float, default=0.0, help="least share of the picture (default: 0)")
+    ground.add_argument("--max-area", type=float, default=1.0, help="largest share of the picture (default: 1)")
+    ground.add_argument("--batch-size", type=int, default=8, help="pictures encoded at once (default: 8)")
+    ground.add_argument("--shard-size", type=int, default=200, help="samples in a file (default: 200)")
+    ground.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: float32)")
+    ground.add_argument("--device", help="such as cuda:0 or cpu (default: the one accelerate chooses)")
+    ground.set_defaults(run=_ground)
 
     ask = commands.add_parser("ask", help="ask about a picture, and see where the model looked")
     ask.add_argument("question")
@@ -79,13 +104,65 @@ def _run(recipe_path, options: argparse.Namespace, output: str | None) -> None:
 
     from .training.pipeline import run_recipe, table_rows
 
-    metrics = run_recipe(recipe, folder, overwrite=options.overwrite)
+    metrics = run_recipe(recipe, folder, overwrite=options.overwrite, resume=options.resume)
     table = Table("figure", *metrics, title=f"{recipe.name}, test part, seed {recipe.seed}")
     for row in table_rows(metrics):
         table.add_row(row["figure"], *(f"{row[name]:.3f}" if name in row else "-" for name in metrics))
     console = Console()
     console.print(table)
     console.print(f"Report: {folder / 'report.html'}", f"Checkpoint: {folder / 'checkpoint'}", sep="\n", soft_wrap=True)
+
+
+def _pipeline(options: argparse.Namespace) -> None:
+    from .training.stages import load_stages
+
+    stages = load_stages(options.recipes, options.overrides)
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from .training.pipeline import table_rows
+    from .training.stages import run_stages
+
+    console = Console()
+    figures = run_stages(
+        stages, options.output, on_stage=lambda name, state: console.print(f"{name}: {state}", soft_wrap=True)
+    )
+    table = Table("figure", *figures, title="test part of each recipe's own data")
+    for row in table_rows(figures):
+        table.add_row(row["figure"], *(f"{row[name]:.3f}" if name in row else "-" for name in figures))
+    console.print(table)
+    last = Path(options.output) / list(stages)[-1]
+    console.print(f"Report: {last / 'report.html'}", f"Checkpoint: {last / 'checkpoint'}", sep="\n", soft_wrap=True)
+
+
+def _ground(options: argparse.Namespace) -> None:
+    from .grounding import load_teacher
+    from .grounding.run import GroundSettings, ground
+    from .grounding.samples import load_data
+
+    settings = GroundSettings(options.min_score, options.min_area, options.max_area, options.shard_size)
+    data = load_data(options.data, options.split)
+    teacher = load_teacher(options.teacher, options.model, dtype=options.dtype, device=options.device)
+    summary = ground(data, options.output, teacher, settings, batch_size=options.batch_size)
+    if summary is None:
+        return
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("samples and phrases", "number", title=f"masks by {options.teacher}")
+    table.add_row("samples written", f"{summary.samples:,}")
+    table.add_row("phrases with a mask", f"{summary.phrases:,}")
+    for kind, left_out in (("samples", summary.left_out_samples), ("phrases", summary.left_out_phrases)):
+        for reason, count in left_out.counts.most_common():
+            table.add_row(f"{kind} left out: {reason}", f"{count:,}")
+    if summary.iou is not None:
+        table.add_row("mean IoU with the masks of the data", f"{summary.iou:.3f}")
+    console = Console()
+    console.print(table)
+    load = f'datasets.load_dataset("{summary.folder}", split="train")'
+    console.print(f"Report: {summary.report}", f"Load it with: {load}", sep="\n", soft_wrap=True, highlight=False)
 
 
 def _ask(options: argparse.Namespace) -> None:

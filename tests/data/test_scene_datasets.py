@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from age_vlm.data.scene_datasets import IconsDataset, ScenesDataset, scene_items, to_dataset
 from age_vlm.data.scene_questions import scene_questions, scene_sample
 from age_vlm.data.scenes import COLOURS, SHAPES, SPLITS, SceneConfig, draw_scene
-from age_vlm.data.schema import validate_sample
+from age_vlm.data.schema import message_text, validate_sample
 
 
 CONFIG = SceneConfig()
@@ -52,6 +52,43 @@ def test_the_dataset_holds_the_samples_of_its_scenes():
         ScenesDataset("train", 0)
     with pytest.raises(ValueError, match="split"):
         ScenesDataset("dev", 1)
+
+
+@pytest.mark.parametrize("texts", [["caption"], ["relation"], ["existence", "colour"]])
+def test_some_kinds_of_texts_are_kept_as_they_are(texts):
+    some, whole = ScenesDataset("train", 12, texts=texts), ScenesDataset("train", 12)
+    fresh = ScenesDataset("train", 12, texts=texts)
+    for index in range(12):
+        sample, all_of_it = some[index], whole[index]
+        validate_sample(sample)
+        turns = [tuple(map(message_text, pair)) for pair in zip(sample["messages"][::2], sample["messages"][1::2])]
+        assert turns and {kind_of(question) for question, _ in turns} <= set(texts)
+        if sample["id"] == all_of_it["id"]:
+            said = list(map(message_text, all_of_it["messages"]))
+            expected = [pair for pair in zip(said[::2], said[1::2]) if kind_of(pair[0]) in texts]
+            assert turns == expected
+            grounded = {phrase(all_of_it, g) for g in all_of_it["groundings"]}
+            assert {phrase(sample, g) for g in sample["groundings"]} <= grounded
+        assert fresh[index]["messages"] == sample["messages"]
+    if texts == ["caption"]:
+        assert all(some[index]["id"] == whole[index]["id"] for index in range(12))
+
+
+def kind_of(question):
+    starts = {"is the ": "relation", "is there": "existence", "do you": "existence", "how many": "count"}
+    starts |= {"what colour": "colour", "which colour": "colour"}
+    return next((kind for start, kind in starts.items() if question.startswith(start)), "caption")
+
+
+def phrase(sample, grounding):
+    text = message_text(sample["messages"][grounding["message"]])
+    return text[grounding["start"] : grounding["end"]], grounding["mask"]["counts"]
+
+
+def test_texts_of_no_kind_are_refused():
+    for texts in ([], ["captions"]):
+        with pytest.raises(ValueError, match="^texts is .*, expected some of caption, existence"):
+            ScenesDataset("train", 3, texts=texts)
 
 
 def test_items_and_stored_samples_are_those_of_the_scenes():

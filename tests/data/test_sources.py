@@ -1,14 +1,26 @@
 import dataclasses
+from pathlib import Path
 
+import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
 
 from age_vlm.data.masks import decode_mask
-from age_vlm.data.schema import validate_sample
-from age_vlm.data.sources import MasksOfOthers, load_source
-from age_vlm.training.recipe import DataRecipe
+from age_vlm.data.mix import Mix
+from age_vlm.data.scene_datasets import to_dataset
+from age_vlm.data.schema import (
+    FEATURES,
+    assistant_message,
+    grounding,
+    message_text,
+    user_message,
+    validate_sample,
+)
+from age_vlm.data.sources import MasksOfOthers, check_paths, load_source, load_sources, open_dataset, yes_no_items
+from age_vlm.training.recipe import DataRecipe, Recipe, TrainingRecipe
 
 
 SCENES = DataRecipe(train=6, validation=2, test=3)
@@ -60,6 +72,154 @@ def test_a_source_holds_what_its_recipe_says(kind, photographs):
     assert (source.prior is None) == (kind == "scenes")
 
 
+def test_label_maps_keep_some_kinds_of_texts(photographs):
+    instances = photographs.images.replace("images", "instances")
+    recipe = dataclasses.replace(photographs, instances=instances, train=6)
+    for texts in (["caption"], ["existence"], ["count"]):
+        samples = load_source(dataclasses.replace(recipe, texts=texts), 0, evaluation=False).train
+        for index in range(6):
+            sample = samples[index]
+            validate_sample(sample)
+            asked = [message_text(message) for message in sample["messages"][::2]]
+            start = {"caption": "describe", "existence": "is there", "count": "how many"}[texts[0]]
+            assert asked and all(question.startswith(start) for question in asked)
+    for file in Path(instances).iterdir():
+        empty = file.parent.parent / "none" / file.name
+        empty.parent.mkdir(exist_ok=True)
+        Image.new("L", (64, 48)).save(empty)
+    recipe = dataclasses.replace(recipe, instances=str(empty.parent), texts=["count"])
+    with pytest.raises(ValueError, match="texts must be of a kind that crops have, got .'count'."):
+        load_source(recipe, 0, evaluation=False).train[0]
+
+
+def test_a_mix_has_its_shares_and_the_words_of_all(photographs):
+    parts = [DataRecipe(train=9, texts=["caption"], weight=3.0), dataclasses.replace(photographs, train=9)]
+    recipe = Recipe(data=SCENES, mix=parts, training=TrainingRecipe(steps=5, batch_size=4, gradient_accumulation=2))
+    source, again = load_sources(recipe), load_sources(recipe)
+    assert isinstance(source.train, Mix) and len(source.train) == 40
+    counts = [sum(source.train.part(index) == part for index in range(40)) for part in range(3)]
+    assert counts == pytest.approx([8, 24, 8], abs=4)
+    for index in (0, 7, 39):
+        assert source.train[index]["messages"] == again.train[index]["messages"]
+    # Drawn with other seeds: not the same scenes.
+    scenes = [{source.train[i]["id"] for i in range(40) if source.train.part(i) == part} for part in (0, 1)]
+    assert not scenes[0] & scenes[1]
+    assert [item.image_id for item in source.test] == [item.image_id for item in load_source(SCENES, 0).test]
+    for word, known in (("circle", True), ("sky", True), ("road", True), ("submarine", False)):
+        assert (source.tokenizer.unk_token_id in source.tokenizer(word)["input_ids"]) != known
+    assert (
+        load_sources(dataclasses.replace(recipe, mix=[])).train[0]["messages"]
+        == load_source(SCENES, 0).train[0]["messages"]
+    )
+
+
+# Stored data sets
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """Ten scenes in every form that can be loaded."""
+    folder = tmp_path_factory.mktemp("stored")
+    samples = to_dataset("train", 10)
+    samples.save_to_disk(folder / "arrow")
+    datasets.DatasetDict(train=samples, test=samples.select([3])).save_to_disk(folder / "splits")
+    (folder / "parquet" / "data").mkdir(parents=True)
+    for number in (0, 1):
+        samples.select(range(5 * number, 5 * number + 5)).to_parquet(folder / "parquet" / "data" / f"{number}.parquet")
+    (folder / "parquet" / "manifest.json").write_text("{}")
+    (folder / "empty").mkdir()
+    samples.remove_columns("groundings").save_to_disk(folder / "lacking")
+    return folder
+
+
+@pytest.mark.parametrize("form", ["arrow", "splits", "parquet"])
+def test_a_stored_data_set_is_the_same_in_every_form(stored, form):
+    recipe = DataRecipe(kind="dataset", path=str(stored / form), held_out=0.4, validation=5, test=1)
+    source = load_source(recipe, 0)
+    expected = to_dataset("train", 10)
+    assert len(source.train) == 6
+    for index in range(6):
+        validate_sample(source.train[index])
+        assert source.train[index]["messages"] == expected[index]["messages"]
+        assert source.train[index]["images"][0].tobytes() == expected[index]["images"][0].tobytes()
+    assert len(source.validation) == 2 and len(source.test) == 1
+    trained = {source.train[index]["images"][0].tobytes() for index in range(6)}
+    assert not trained & {item.image.tobytes() for item in (*source.validation, *source.test)}
+    unknown = source.tokenizer.unk_token_id
+    assert all(unknown not in source.tokenizer(message_text(m))["input_ids"] for m in expected[9]["messages"])
+    assert source.pictures is None and source.prior is None
+
+
+@pytest.mark.parametrize(
+    "form, split, words",
+    [
+        ("empty", "train", "neither parquet files nor what `save_to_disk` writes"),
+        ("lacking", "train", "it lacks the columns groundings of the schema"),
+        ("splits", "dev", "it has the splits train, test, and not 'dev'"),
+        ("none/of/these", "train", ""),
+    ],
+)
+def test_what_is_no_data_set_is_one_sentence(stored, form, split, words):
+    with pytest.raises(
+        ValueError, match=f"^data.path: '.*{form}' could not be loaded as a data set: .*{words}"
+    ) as caught:
+        open_dataset(str(stored / form), split)
+    assert "\n" not in str(caught.value)
+
+
+def test_pictures_without_a_type_are_read(stored, tmp_path):
+    table = to_dataset("train", 2).with_format("arrow")[:].replace_schema_metadata(None)
+    pyarrow.parquet.write_table(table, tmp_path / "plain.parquet")
+    samples = open_dataset(str(tmp_path))
+    assert samples.features["images"] == FEATURES["images"]
+    assert samples[1]["images"][0].tobytes() == to_dataset("train", 2)[1]["images"][0].tobytes()
+
+
+def chat(name, *turns, images=1, groundings=()):
+    messages = [m for q, a in turns for m in (user_message(q), assistant_message(a))]
+    messages[0] = user_message(turns[0][0], images=images)
+    pictures = [Image.new("RGB", (8, 8)) for _ in range(images)]
+    return {"id": name, "images": pictures, "messages": messages, "groundings": list(groundings)}
+
+
+def test_questions_are_the_turns_that_are_answered_by_yes_or_no():
+    mask = np.eye(8, dtype=bool)
+    samples = [
+        chat(
+            "a",
+            ("describe it", "a dog"),
+            ("a dog?", " Yes. "),
+            ("a cat?", "no"),
+            groundings=[grounding(2, 2, 5, 0, mask)],
+        ),
+        chat("b", ("describe it", "yes, a dog")),
+        chat("c", ("two alike?", "no"), images=2),
+        chat("d", ("a fox?", "no"), groundings=[grounding(0, 2, 5, 0, None)]),
+        chat("e", ("text only?", "yes"), images=0),
+    ]
+    first, second = yes_no_items(samples, range(5), 10)
+    assert [(q.text, q.answer, q.phrase) for q in first.questions] == [
+        ("a dog?", "yes", (2, 5)),
+        ("a cat?", "no", None),
+    ]
+    assert first.questions[0].subject == "dog" and decode_mask(first.questions[0].mask).tolist() == mask.tolist()
+    assert [(q.text, q.answer, q.mask) for q in second.questions] == [("a fox?", "no", None)]
+    assert len({q.id for item in (first, second) for q in item.questions}) == 3
+    assert len(yes_no_items(samples, range(5), 1)) == 1 and not yes_no_items(samples, [1, 2], 9)
+
+
+def test_folders_that_are_not_there_are_found_before_anything_is_read(photographs, stored):
+    there = DataRecipe(kind="dataset", path=str(stored))
+    check_paths(Recipe(data=photographs, mix=[SCENES, there, DataRecipe(kind="dataset", path="some/name")]))
+    for recipe, words in (
+        (Recipe(data=dataclasses.replace(photographs, labels="none")), "data.labels: 'none' is not a folder"),
+        (Recipe(mix=[there, DataRecipe(kind="dataset", path="a/b/c")]), "mix.1.path: 'a/b/c' is not a folder"),
+        (Recipe(data=DataRecipe(kind="dataset", path="none")), "data.path: 'none' is not a folder"),
+    ):
+        with pytest.raises(ValueError, match=f"^{words}, expected"):
+            check_paths(recipe)
+
+
 def test_counts_are_asked_where_instances_are_given(photographs):
     def kinds(recipe):
         return {question.kind for item in load_source(recipe, seed=0).test for question in item.questions}
@@ -84,8 +244,6 @@ def test_warm_up_pictures_fit_their_labels():
 
 
 def grounded(name, *boxes):
-    from age_vlm.data.schema import grounding, user_message
-
     masks = []
     for left in boxes:
         mask = np.zeros((8, 8), bool)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from age_vlm.evaluation.attention import chosen_heads
-from age_vlm.training.alignment import FORMS, AlignmentConfig, alignment_losses
+from age_vlm.training.alignment import FORMS, SCHEDULES, AlignmentConfig, alignment_losses
 
 
 CELLS = 12
@@ -135,3 +135,21 @@ def test_blocks_and_heads_that_the_model_lacks_are_refused():
         AlignmentConfig(layers=[1]).check(1, 4)
     with pytest.raises(ValueError, match="alignment.heads"):
         AlignmentConfig(heads=[4]).check(1, 4)
+
+
+def test_the_weight_goes_from_first_to_last():
+    steps = 11
+    paths = {
+        name: [AlignmentConfig(weight=0.4, final_weight=0.1, schedule=name).weight_at(i, steps) for i in range(steps)]
+        for name in SCHEDULES
+    }
+    assert set(paths["constant"]) == {0.4}
+    for name in ("linear", "cosine"):
+        path = paths[name]
+        assert (path[0], path[5], path[-1]) == pytest.approx((0.4, 0.25, 0.1))
+        assert all(before > after for before, after in itertools.pairwise(path))
+    assert paths["linear"][1] == pytest.approx(0.37)
+    assert paths["cosine"][1] > paths["linear"][1]
+    # Evaluation before the first step and after the last.
+    rising = AlignmentConfig(weight=0.0, final_weight=1.0, schedule="linear")
+    assert (rising.weight_at(0, 0), rising.weight_at(7, 7), rising.weight_at(0, 1)) == (0.0, 1.0, 0.0)

@@ -7,11 +7,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from age_vlm.training.recipe import Recipe, TrainingRecipe, load_recipe
+from age_vlm.training.recipe import PARTS, Recipe, TrainingRecipe, load_recipe
 
 
 SCENES = Path(str(files("age_vlm") / "recipes" / "scenes.yaml"))
 LABEL_MAPS = Path(__file__).parents[2] / "examples" / "recipes" / "label_maps.yaml"
+REFERENCE = LABEL_MAPS.parent / "reference.yaml"
 OWN = ["data.images=photographs", "data.labels=labels", "data.classes=[sky, road]"]
 
 
@@ -27,6 +28,64 @@ def recipe_file(tmp_path):
 
 def test_an_empty_recipe_is_the_default(recipe_file):
     assert load_recipe(recipe_file("")) == Recipe() == load_recipe(recipe_file("{}"))
+
+
+def test_the_reference_names_every_key_with_its_default():
+    recipe = load_recipe(REFERENCE)
+    assert recipe.to_yaml() == Recipe().to_yaml()
+    written = yaml.safe_load(REFERENCE.read_text("utf-8"))
+    named = {*written, *(f"{s}.{key}" for s, held in written.items() if isinstance(held, dict) for key in held)}
+    named |= {f"training.lora.{key}" for key in written["training"]["lora"]}
+    assert named == set(keys())
+    for line in REFERENCE.read_text("utf-8").splitlines():
+        if ":" in line.partition("#")[0] and not line.partition("#")[0].rstrip().endswith(":"):
+            assert "#" in line, line
+
+
+@pytest.mark.parametrize("path", sorted((REFERENCE.parent / "scenes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_key_of_a_stage_says_what_it_is(path):
+    for line in path.read_text("utf-8").splitlines():
+        key = line.partition("#")[0].rstrip()
+        assert not key or key.endswith(":") or "#" in line, line
+
+
+def test_parts_that_are_all_frozen_and_rates_of_frozen_ones():
+    with pytest.raises(ValueError, match="^training: got 'frozen' for all of vision, projector"):
+        load_recipe(SCENES, [f"training.{part}=frozen" for part in PARTS])
+    with pytest.raises(
+        ValueError, match="^training.learning_rates.vision: got a rate, but training.vision is 'frozen'"
+    ):
+        load_recipe(SCENES, ["training.vision=frozen", "training.learning_rates={vision: 1e-4}"])
+
+
+def test_texts_are_those_that_the_data_have():
+    label_maps = ["data.kind=label_maps", *OWN]
+    assert load_recipe(SCENES, [*label_maps, "data.texts=[count, caption]"]).data.texts == ["count", "caption"]
+    for override, words in (
+        (
+            "data.texts=[colour]",
+            "^data.texts: got 'colour', expected some of caption, existence, count for kind 'label",
+        ),
+        ("data.texts=[count]", "^data.texts: got count alone, which needs data.instances"),
+        ("data.held_out=0", "^data.held_out: got 0.0, expected a share, above 0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            load_recipe(SCENES, [*label_maps, override])
+    with pytest.raises(ValueError, match="^data.texts: got .*, expected null"):
+        load_recipe(SCENES, ["data.kind=dataset", "data.path=here", "data.texts=[caption]"])
+
+
+def test_items_of_a_list_have_overrides(recipe_file):
+    path = recipe_file("mix:\n- {texts: [caption]}\n- {kind: dataset, path: null}\n")
+    recipe = load_recipe(path, ["mix.1.path=here", "mix.0.weight=2"])
+    assert [(part.kind, part.path, part.weight) for part in recipe.mix] == [
+        ("scenes", None, 2.0),
+        ("dataset", "here", 1),
+    ]
+    assert load_recipe(recipe_file(recipe.to_yaml())).to_yaml() == recipe.to_yaml()
+    for override, words in (("mix.2.path=x", "'2' in"), ("mix.x.path=x", "'x' in"), ("mix.1=x", "'1' in .* is no key")):
+        with pytest.raises(ValueError, match=f"^override: {words}"):
+            load_recipe(path, [override])
 
 
 @pytest.mark.parametrize("path, own", [(SCENES, []), (LABEL_MAPS, OWN)])
@@ -92,13 +151,42 @@ def test_a_misspelt_key_is_named_with_a_nearest_valid_one(key, data):
         ("training.log_every=0", "^training.log_every: got 0, expected at least 1"),
         ("training.schedule=cosin", "^training.schedule: got 'cosin', .*nearest: 'cosine'"),
         ("training.warmup=30", "^training.warmup: got 30"),
-        ("training.train=[vison]", "^training.train: got 'vison', .*nearest: 'vision'"),
-        ("training.train=vision", "^training.train: got 'vision', expected list"),
+        ("training.adam_beta2=1", "^training.adam_beta2: got 1"),
+        ("training.train=[vision]", "^training.train: unknown key"),
+        ("training.vision=frozn", "^training.vision: got 'frozn', expected 'frozen' or 'full' .*nearest: 'frozen'"),
+        ("training.vision=lora", "^training.vision: got 'lora', expected 'frozen' or 'full'"),
+        ("training.language_model=lor", "^training.language_model: got 'lor', expected 'frozen', 'full' or 'lora'"),
+        ("training.projector=false", "^training.projector: got False, expected str"),
+        ("training.learning_rates={vison: 1e-3}", "^training.learning_rates: got 'vison', .*nearest: 'vision'"),
+        ("training.learning_rates={vision: fast}", "^training.learning_rates.vision: got 'fast', expected float"),
+        ("training.learning_rates={vision: -1}", "^training.learning_rates.vision: got -1"),
+        ("training.learning_rates=[1]", "^training.learning_rates: got .1., expected dict"),
+        ("training.lora.rank=0", "^training.lora.rank: got 0, expected at least 1"),
+        ("training.lora.alpha=0", "^training.lora.alpha: got 0.0, expected more than 0"),
+        ("training.lora.dropout=1", "^training.lora.dropout: got 1.0, expected a share"),
+        ("training.lora.rnk=4", "^training.lora.rnk: unknown key, .*nearest: 'rank'"),
+        ("training.save_every=-1", "^training.save_every: got -1, expected at least 0"),
+        ("training.max_length=0", "^training.max_length: got 0, expected at least 1"),
         ("training.precision=fp8", "^training.precision: got 'fp8'"),
         ("training=5", "^training: got 5, expected keys and values"),
         ("training.steps.more=5", "^override: 'steps' in 'training.steps.more=5' has no keys"),
         ("warm_start.steps=-1", "^warm_start.steps: got -1"),
-        ("data.kind=scene", "^data.kind: got 'scene', expected 'scenes' or 'label_maps'"),
+        ("data.kind=scene", "^data.kind: got 'scene', expected 'scenes', 'label_maps' or 'dataset'"),
+        ("data.kind=dataset", "^data.path: got none, expected the folder or Hub name"),
+        ("data.weight=0", "^data.weight: got 0.0, expected more than 0"),
+        ("data.texts=[captions]", "^data.texts: got 'captions', .*nearest: 'caption'"),
+        ("data.texts=[]", "^data.texts: got an empty list"),
+        ("data.held_out=1", "^data.held_out: got 1.0, expected a share"),
+        ("mix=[{kind: scene}]", "^mix.0.kind: got 'scene', expected 'scenes'"),
+        ("mix=[{kind: dataset}]", "^mix.0.path: got none"),
+        ("mix=[{}, {weight: -1}]", "^mix.1.weight: got -1.0"),
+        ("mix=[{knd: scenes}]", "^mix.0.knd: unknown key, .*nearest: 'kind'"),
+        ("mix=[scenes]", "^mix.0: got 'scenes', expected keys and values"),
+        ("mix=scenes", "^mix: got 'scenes', expected list"),
+        ("mix.0.weight=1", "^mix: got {'0': {'weight': 1}}, expected list"),
+        ("model.dtype=float32", "^model.dtype: got 'float32' without model.text"),
+        ("alignment.schedule=cosin", "^alignment.schedule: got 'cosin', .*nearest: 'cosine'"),
+        ("alignment.final_weight=-1", "^alignment.final_weight: got -1"),
         ("data.masks=none", "^data.masks: got 'none'"),
         ("data.test=0", "^data.test: got 0, expected at least 1"),
         ("data.crop=[3]", "^data.crop: got .3., expected a width and a height"),

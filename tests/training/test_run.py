@@ -8,11 +8,30 @@ from transformers import LlamaConfig, LlamaForCausalLM, TimmWrapperConfig, TimmW
 from age_vlm.data.scenes_tokenizer import build_scenes_tokenizer
 from age_vlm.data.sources import load_source
 from age_vlm.training import AlignmentConfig
-from age_vlm.training.recipe import PARTS, DataRecipe, ModelRecipe, Recipe, TrainingRecipe, WarmStartRecipe
-from age_vlm.training.run import build_model, environment, fit, run_folder, set_trainable, training_arguments
+from age_vlm.training.parts import PARTS, part_of
+from age_vlm.training.recipe import DataRecipe, LoraRecipe, ModelRecipe, Recipe, TrainingRecipe, WarmStartRecipe
+from age_vlm.training.run import (
+    build_model,
+    check_run_folder,
+    environment,
+    fit,
+    last_checkpoint,
+    run_folder,
+    set_trainable,
+    training_arguments,
+)
 
 
 DATA = DataRecipe(train=8, validation=1, test=1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """With several, the same sums may come out differently from one time to the next on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +77,7 @@ def test_a_frozen_language_model_stays_the_llama_it_was(backbones, source, tmp_p
         image_size=64,
         config={"cross_attention_layers": [0, 2], "cross_attention_gate_init": 0.3},
     )
-    recipe = recipe_of(model=model_recipe, training={"train": ["vision", "projector", "cross_attention"]})
+    recipe = recipe_of(model=model_recipe, training={"language_model": "frozen"})
     torch.manual_seed(0)
     before, _ = build_model(model_recipe, source)
     model, _, _, _ = fit(recipe, source, tmp_path, progress=False)
@@ -75,7 +94,8 @@ def test_a_frozen_language_model_stays_the_llama_it_was(backbones, source, tmp_p
 def test_every_parameter_belongs_to_one_part(make_model):
     model, trained = make_model(), {}
     for part in PARTS:
-        set_trainable(model, [part])
+        modes = {other: "full" if other == part else "frozen" for other in PARTS}
+        assert set_trainable(model, TrainingRecipe(**modes)) is None
         trained[part] = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         assert trained[part]
     everything = [name for names in trained.values() for name in names]
@@ -140,6 +160,82 @@ def test_blocks_and_pictures_that_are_not_there_are_found_before_training(source
         fit(recipe_of(warm_start=WarmStartRecipe(steps=3)), bare, tmp_path, progress=False)
 
 
+def stopped(recipe, source, folder, step):
+    """Runs until the figures of that step are asked for."""
+
+    def measure(model, processor):
+        seen.append(1)
+        if len(seen) == step:
+            raise KeyboardInterrupt
+        return {"figure": len(seen)}
+
+    seen = []
+    with pytest.raises(KeyboardInterrupt):
+        fit(recipe, source, folder, measure=measure, progress=False)
+
+
+def test_what_was_stopped_goes_on_from_its_last_checkpoint(source, tmp_path, capfd):
+    training = {"steps": 5, "save_every": 2, "evaluate_every": 1, "log_every": 5, "vision": "frozen"}
+    recipe = recipe_of(training=training, warm_start=WarmStartRecipe(steps=1, batch_size=4))
+
+    def norm(model, processor):
+        return {"norm": float(sum(p.norm() for p in model.parameters()))}
+
+    for name in ("whole", "stopped", "early"):
+        (tmp_path / name).mkdir()
+    whole, _, log, curve = fit(recipe, source, tmp_path / "whole", measure=norm, progress=False)
+    assert len(curve) == 5 and [entry["step"] for entry in log if "lm_loss" in entry] == [2, 4, 5]
+    stopped(recipe, source, tmp_path / "early", 1)
+    assert not list((tmp_path / "early").iterdir())  # nothing to go on from
+    stopped(recipe, source, tmp_path / "stopped", 4)
+    assert [path.name for path in (tmp_path / "stopped" / "trainer").iterdir()] == ["checkpoint-2"]
+    capfd.readouterr()
+    again, _, log_again, points = fit(recipe, source, tmp_path / "stopped", measure=norm, resume=True, progress=False)
+    assert [point["step"] for point in points] == [1, 2, 3, 4, 5] and points[2:] == curve[2:]
+    assert points[0] == {"step": 1, "figure": 1}  # of the run that was stopped
+    assert "missing keys" not in capfd.readouterr().err
+    assert log_again[:-1] == log[:-1]
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_what_is_frozen_full_or_adapted(make_model):
+    model = make_model()
+    names = [name for name, _ in model.named_parameters()]
+    adapted = set_trainable(
+        model, TrainingRecipe(vision="frozen", cross_attention="lora", language_model="lora", lora=LoraRecipe(rank=2))
+    )
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert not any(part_of(name) == "vision" for name in trained)
+    projector = {name for name in names if part_of(name) == "projector"}
+    assert projector <= trained
+    rest = trained - projector
+    gates = {name for name in rest if ".modules_to_save." in name}
+    assert len(gates) == 4 and all("_gate." in name for name in gates)
+    assert {part_of(name) for name in rest - gates} == {"cross_attention", "language_model"}
+    assert all(".lora_" in name for name in rest - gates)
+    merged = adapted.merge_and_unload()
+    assert merged is model and [name for name, _ in model.named_parameters()] == names
+
+
+def test_the_recipe_before_is_known_in_a_pipeline_only(source, tmp_path):
+    recipe = ModelRecipe(checkpoint="previous")
+    with pytest.raises(ValueError, match="^model.checkpoint: got 'previous', expected a folder or Hub id"):
+        build_model(recipe, source)
+    model, processor = build_model(ModelRecipe(), source)
+    model.save_pretrained(tmp_path / "before")
+    processor.save_pretrained(tmp_path / "before")
+    again, _ = build_model(recipe, source, tmp_path / "before")
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
+def test_backbones_come_in_the_type_that_is_asked_for(backbones, source):
+    names = {"text": str(backbones / "text"), "vision": str(backbones / "vision"), "image_size": 64}
+    options = {**names, "config": {"cross_attention_layers": [1]}}
+    assert build_model(ModelRecipe(**options, dtype="bfloat16"), source)[0].dtype == torch.bfloat16
+    assert build_model(ModelRecipe(**options), source)[0].dtype == torch.float32
+
+
 def test_training_arguments_are_those_of_the_recipe(tmp_path):
     recipe = TrainingRecipe(
         steps=40, batch_size=3, gradient_accumulation=2, learning_rate=0.3, weight_decay=0.2, warmup=0.1, workers=0
@@ -149,6 +245,11 @@ def test_training_arguments_are_those_of_the_recipe(tmp_path):
     assert (arguments.gradient_accumulation_steps, arguments.learning_rate) == (2, 0.3)
     assert (arguments.weight_decay, arguments.warmup_steps, arguments.seed) == (0.2, 4, 5)
     assert not arguments.bf16 and not arguments.fp16 and not arguments.remove_unused_columns
+    assert arguments.save_strategy == "no" and not arguments.gradient_checkpointing
+    recipe = TrainingRecipe(save_every=7, gradient_checkpointing=True)
+    arguments = training_arguments(recipe, 5, tmp_path, progress=False)
+    assert (arguments.save_strategy, arguments.save_steps) == ("steps", 7)
+    assert arguments.gradient_checkpointing or arguments.activation_checkpointing
 
 
 def test_the_environment_can_be_written_down():
@@ -195,6 +296,36 @@ def test_an_earlier_run_is_replaced_only_when_asked_and_only_by_a_whole_one(tmp_
         (folder / "recipe.yaml").write_text("name: new")
     assert list(content(tmp_path).values()) == [b"name: new"]
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_run_that_can_be_resumed_stays_and_is_continued(tmp_path):
+    def begin(step):
+        with run_folder(tmp_path / "run", overwrite=False, resume=True) as folder:
+            (folder / "recipe.yaml").write_text("name: new")
+            whole = folder / "trainer" / f"checkpoint-{step}"
+            whole.mkdir(parents=True)
+            (whole / "whole").touch()
+            raise KeyboardInterrupt
+
+    for step in (2, 10):
+        with pytest.raises(KeyboardInterrupt):
+            begin(step)
+    assert last_checkpoint(tmp_path / "run").name == "checkpoint-10"
+    # The run that it was to replace, had it not been killed.
+    earlier_run(tmp_path / "earlier")
+    (tmp_path / ".run.earlier-x").mkdir()
+    (tmp_path / "earlier").rename(tmp_path / ".run.earlier-x" / "run")
+    with run_folder(tmp_path / "run", overwrite=False, resume=True) as folder:
+        assert (folder / "recipe.yaml").read_text() == "name: new"
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    with pytest.raises(ValueError, match="exists, expected a new one .or --overwrite to replace it, --resume to cont"):
+        check_run_folder(tmp_path / "run", overwrite=False)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "recipe.yaml.tmp").touch()
+    check_run_folder(tmp_path / "thesis", overwrite=False, resume=True)
+    (tmp_path / "thesis" / "draft.txt").touch()
+    with pytest.raises(ValueError, match="holds no run, expected one to resume"):
+        check_run_folder(tmp_path / "thesis", overwrite=False, resume=True)
 
 
 def test_what_is_no_run_is_never_replaced(tmp_path):

@@ -17,6 +17,7 @@ from age_vlm.data.schema import assistant_message, grounding, user_message
 from age_vlm.evaluation.attention import picture_attention
 from age_vlm.training import AgeVlmTrainer, AlignmentConfig
 from age_vlm.training.alignment import alignment_losses
+from age_vlm.training.parts import part_of
 
 
 ALIGNMENT = AlignmentConfig(weight=0.7, layers=[0, 1])
@@ -47,7 +48,16 @@ def make_trainer(make_model, processor, tmp_path):
     """Settings -> a trainer of the same model on the same samples in the same order."""
     grid = token_grid_size(make_model(), processor)
 
-    def make(batch=8, accumulation=1, steps=1, talks=TALKS, cls=AgeVlmTrainer, alignment=ALIGNMENT, **arguments):
+    def make(
+        batch=8,
+        accumulation=1,
+        steps=1,
+        talks=TALKS,
+        cls=AgeVlmTrainer,
+        alignment=ALIGNMENT,
+        learning_rates=None,
+        **arguments,
+    ):
         settings = {
             "output_dir": str(tmp_path / "trainer"),
             "max_steps": steps,
@@ -68,7 +78,7 @@ def make_trainer(make_model, processor, tmp_path):
         if cls is Trainer:
             kwargs = {"data_collator": lambda samples: without_masks(collator(samples))}
         else:
-            kwargs = {"data_collator": collator, "alignment": alignment}
+            kwargs = {"data_collator": collator, "alignment": alignment, "learning_rates": learning_rates}
         trainer = cls(make_model(), TrainingArguments(**settings), train_dataset=talks, eval_dataset=talks, **kwargs)
         trainer.remove_callback(PrinterCallback)
         return trainer
@@ -220,6 +230,41 @@ def test_mixed_precision_stays_finite(make_trainer, form):
     weights = weights_after(trainer)
     assert all(torch.isfinite(value).all() for value in weights.values())
     assert all(np.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_the_weight_follows_its_schedule(make_trainer):
+    alignment = AlignmentConfig(weight=0.6, final_weight=0.0, schedule="linear", layers=[0, 1])
+    trainer = make_trainer(batch=2, steps=4, alignment=alignment)
+    trainer.train()
+    lines = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["alignment_weight"] for entry in lines] == pytest.approx([0.6, 0.4, 0.2, 0.0])
+    for entry in lines:
+        expected = entry["lm_loss"] + entry["alignment_weight"] * entry["alignment_loss"]
+        assert entry["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_parts_have_their_own_rates_and_the_same_schedule(make_trainer):
+    options = {"steps": 4, "optim": "adamw_torch", "lr_scheduler_type": "linear", "weight_decay": 0.1}
+    plain = make_trainer(**options)
+    plain.create_optimizer()
+    decayed = {id(p) for group in plain.optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    kept = {name for name, p in plain.model.named_parameters() if id(p) in decayed}
+    rates = {"vision": 0.0, "cross_attention": 0.5}
+    trainer = make_trainer(learning_rates=rates, **options)
+    before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    seen = set()
+    for group in trainer.optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            assert group["initial_lr"] == rates.get(part_of(name), SGD["learning_rate"]), name
+            assert group["lr"] == 0.0  # the end of the schedule
+            assert group["weight_decay"] == (0.1 if name in kept else 0.0), name
+            seen.add(name)
+    assert seen == set(before)
+    moved = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
+    assert {part_of(name) for name in moved} == {"projector", "cross_attention", "language_model"}
 
 
 def test_columns_must_be_kept(make_trainer):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -22,11 +22,13 @@ from tqdm.auto import tqdm
 
 from age_vlm.data.masks import encode_mask
 from age_vlm.data.questions import MODES, NUMBER_WORDS, EvaluationItem, KindStatistics, Question, existence_negatives
-from age_vlm.data.schema import Sample, assistant_message, grounding, user_message
+from age_vlm.data.schema import Grounding, Message, Sample, assistant_message, grounding, user_message
 
 
 CAPTION_REQUEST = "describe the picture."
 IGNORED = 255
+# Random crops that are looked at for one with texts of the kinds that are wanted.
+_TRIES = 200
 _INDEX_MODES = ("1", "L", "P", "I", "I;16")
 
 
@@ -341,14 +343,18 @@ def label_map_texts(classes: Sequence[str]) -> Iterator[str]:
 
 
 def label_map_sample(
-    maps: LabelMaps, crop: Crop, rng: np.random.Generator, questions: int | Literal["all"] = "all"
+    maps: LabelMaps,
+    crop: Crop,
+    rng: np.random.Generator,
+    questions: int | Literal["all"] = "all",
+    texts: Collection[str] | None = None,
 ) -> Sample:
     """One crop as a training sample of the schema in `age_vlm.data.schema`.
 
     The first turn asks for a caption, which names every present class, each grounded in its mask. Then come existence
     questions in random order: about every class that is clearly present or absent, or `questions` of them; the phrase
     is grounded where the class is present. With instance maps, one counting question ends the chat where one can be
-    asked.
+    asked. `texts` keeps some of these kinds only, of `caption`, `existence` and `count`; there may be nothing to keep.
 
     Raises ValueError when `questions` is neither "all" nor a number from 0 on.
     """
@@ -358,29 +364,41 @@ def label_map_sample(
     shown = [name for name, is_present in presence.items() if is_present]
     masks = {name: encode_mask(maps.mask(crop, name)) for name in shown}
 
+    messages: list[Message] = []
+    groundings: list[Grounding] = []
+
+    def say(
+        kind: str, question: str, answer: str, message: int = 0, spans: Sequence = (), names: Sequence = ()
+    ) -> None:
+        """One turn; the spans of the classes named are in its question (message 0) or its answer (1)."""
+        if texts is not None and kind not in texts:
+            return
+        groundings.extend(grounding(len(messages) + message, *s, 0, masks[n]) for n, s in zip(names, spans))
+        messages.extend((user_message(question, images=0 if messages else 1), assistant_message(answer)))
+
     text, spans = caption(shown)
-    messages = [user_message(CAPTION_REQUEST, images=1), assistant_message(text)]
-    groundings = [grounding(1, *span, 0, masks[name]) for name, span in zip(shown, spans)]
+    say("caption", CAPTION_REQUEST, text, 1, spans, shown)
 
     asked = [list(presence)[i] for i in rng.permutation(len(presence))]
     for name in asked if questions == "all" else asked[:questions]:
         text, span = existence_question(name)
-        if presence[name]:
-            groundings.append(grounding(len(messages), *span, 0, masks[name]))
-        messages += [user_message(text), assistant_message("yes" if presence[name] else "no")]
+        say("existence", text, "yes" if presence[name] else "no", 0, [span], [name] if presence[name] else [])
 
     if counts := maps.counts(crop):
         name = list(counts)[rng.integers(len(counts))]
         text, span = count_question(name)
-        groundings.append(grounding(len(messages), *span, 0, masks[name]))
-        messages += [user_message(text), assistant_message(NUMBER_WORDS[counts[name]])]
+        say("count", text, NUMBER_WORDS[counts[name]], 0, [span], [name])
     return {"id": crop.id, "images": [crop.image], "messages": messages, "groundings": groundings}
 
 
 class LabelMapsDataset(Dataset):
     """Random crops as training samples, map-style: an index always gives the same sample, for a given seed.
 
-    Every run of `len(maps)` indices visits each frame once. `length` only bounds the indices: it costs nothing.
+    Every run of `len(maps)` indices visits each frame once. `length` only bounds the indices: it costs nothing. Where
+    `texts` leaves a crop without any, one from beyond these indices takes its place.
+
+    Raises:
+        ValueError: `length` is below 1; on access, where no crop has texts of these kinds.
     """
 
     def __init__(
@@ -393,9 +411,11 @@ class LabelMapsDataset(Dataset):
         min_side: float = 0.45,
         augment: bool = True,
         questions: int | Literal["all"] = "all",
+        texts: Collection[str] | None = None,
     ) -> None:
         if length < 1:
             raise ValueError(f"length must be at least 1, got {length}.")
+        self.texts = texts
         self.maps, self.length, self.seed = maps, length, seed
         self.size, self.min_side, self.augment, self.questions = size, min_side, augment, questions
 
@@ -406,12 +426,21 @@ class LabelMapsDataset(Dataset):
         if not -self.length <= index < self.length:
             raise IndexError(f"index must lie below {self.length}, got {index}.")
         index = int(index) % self.length
+        for number in range(index, index + _TRIES * self.length, self.length):
+            sample = self._sample(number)
+            if sample["messages"]:
+                return sample
+        raise ValueError(
+            f"texts must be of a kind that crops have, got {self.texts}, which {_TRIES} crops had none of."
+        )
+
+    def _sample(self, index: int) -> Sample:
         epoch, position = divmod(index, len(self.maps))
         frame = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.maps))[position]
         rng = np.random.default_rng([self.seed, 1, index])
         name = f"{self.maps.frames[frame].name}/{self.seed}.{index}"
         crop = self.maps.crop(frame, rng, self.size, self.min_side, augment=self.augment, id=name)
-        return label_map_sample(self.maps, crop, rng, self.questions)
+        return label_map_sample(self.maps, crop, rng, self.questions, self.texts)
 
 
 def _sampled_presence(

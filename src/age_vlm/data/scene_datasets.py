@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .questions import EvaluationItem
+from .questions import QUESTION_KINDS, EvaluationItem
 from .scene_questions import scene_questions, scene_sample
 from .scenes import (
     ICONS,
@@ -32,16 +34,27 @@ if TYPE_CHECKING:
 class ScenesDataset(torch.utils.data.Dataset[Sample]):
     """Training samples of the first `length` scenes of a split, drawn when first asked for and then kept in memory.
 
-    Item i is always the same picture with the same text (`scene_sample`), so what is made of it may be cached by i.
+    Item i is always the same picture with the same text (`scene_sample`), so what is made of it may be cached by i. Where
+    `texts` leaves a scene without any, one from beyond the first `length` takes its place.
 
     Raises:
-        ValueError: an unknown split, or a length below 1.
+        ValueError: an unknown split, a length below 1, or texts of an unknown kind.
     """
 
-    def __init__(self, split: Split, length: int, seed: int = 0, config: SceneConfig | None = None) -> None:
+    def __init__(
+        self,
+        split: Split,
+        length: int,
+        seed: int = 0,
+        config: SceneConfig | None = None,
+        texts: Collection[str] | None = None,
+    ) -> None:
         generator(split, 0, seed, PIXELS)
         if length < 1:
             raise ValueError(f"length is {length}, expected at least 1.")
+        if texts is not None and not {"caption", *QUESTION_KINDS} >= set(texts) > set():
+            raise ValueError(f"texts is {texts}, expected some of caption, {', '.join(QUESTION_KINDS)}.")
+        self.texts = texts
         self.split, self.length, self.seed, self.config = split, length, seed, config or SceneConfig()
         self._samples: dict[int, Sample] = {}
 
@@ -51,8 +64,12 @@ class ScenesDataset(torch.utils.data.Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         index = _position(index, self.length)
         if index not in self._samples:
-            scene = draw_scene(self.split, index, self.config, self.seed)
-            self._samples[index] = scene_sample(scene, config=self.config)
+            for number in count(index, self.length):
+                scene = draw_scene(self.split, number, self.config, self.seed)
+                sample = scene_sample(scene, config=self.config, texts=self.texts)
+                if sample["messages"]:
+                    break
+            self._samples[index] = sample
         return self._samples[index]
 
 
@@ -116,9 +133,11 @@ def scene_items(split: Split, n: int, seed: int = 0, config: SceneConfig | None 
     return [EvaluationItem(scene.id, scene.image, scene_questions(scene, config)) for scene in scenes]
 
 
-def to_dataset(split: Split, n: int, seed: int = 0, config: SceneConfig | None = None) -> datasets.Dataset:
+def to_dataset(
+    split: Split, n: int, seed: int = 0, config: SceneConfig | None = None, texts: Collection[str] | None = None
+) -> datasets.Dataset:
     """The first `n` training samples of a split as a `datasets.Dataset` with the features of the schema."""
     from datasets import Dataset
 
-    samples = ScenesDataset(split, n, seed, config)
+    samples = ScenesDataset(split, n, seed, config, texts)
     return Dataset.from_list([samples[i] for i in range(n)], features=FEATURES)

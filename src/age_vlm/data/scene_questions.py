@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -128,7 +128,12 @@ def _relation_turn(scene: Scene, rng: np.random.Generator) -> _Turn | None:
     return _Turn(text, "yes" if side == holds else "no", spans[0], grounded)
 
 
-def scene_sample(scene: Scene, rng: np.random.Generator | None = None, config: SceneConfig | None = None) -> Sample:
+def scene_sample(
+    scene: Scene,
+    rng: np.random.Generator | None = None,
+    config: SceneConfig | None = None,
+    texts: Collection[str] | None = None,
+) -> Sample:
     """The training text of a scene: a sample of the schema whose user and assistant pairs are independent turns.
 
     One caption; up to four existence questions, half of them about absent objects (one adversarial negative, one random
@@ -139,6 +144,8 @@ def scene_sample(scene: Scene, rng: np.random.Generator | None = None, config: S
         scene: a scene of any split.
         rng: chooses the text; by default a generator of the scene's own, so the text of a scene is always the same.
         config: the config the scene was drawn with.
+        texts: kinds of turns to keep, `caption` or one of `QUESTION_KINDS`; all when left out. What is kept does not
+            depend on what is not, and there may be nothing to keep.
     """
     config = config or SceneConfig()
     rng = rng or generator(scene.split, scene.index, scene.seed, TEXT)
@@ -148,17 +155,22 @@ def scene_sample(scene: Scene, rng: np.random.Generator | None = None, config: S
     absent = list(dict.fromkeys(negatives[mode] for mode in modes if mode in negatives))[:2]
     present = [scene.objects[i].kind for i in rng.permutation(len(scene.objects))[:2]]
     pairs = min(len(present), len(absent))
-    turns = [_caption_turn(scene, rng)]
-    turns += [_existence_turn(scene, kind, pick(_EXISTENCE, rng)) for kind in present[:pairs] + absent[:pairs]]
-    turns.append(_count_turn(scene, pick(_COUNT, rng), config, rng))
-    turns += [t for t in (_colour_turn(scene, pick(_COLOUR, rng), rng), _relation_turn(scene, rng)) if t]
+    turns: list[tuple[str, _Turn | None]] = [("caption", _caption_turn(scene, rng))]
+    for kind in present[:pairs] + absent[:pairs]:
+        turns.append(("existence", _existence_turn(scene, kind, pick(_EXISTENCE, rng))))
+    turns.append(("count", _count_turn(scene, pick(_COUNT, rng), config, rng)))
+    turns.append(("colour", _colour_turn(scene, pick(_COLOUR, rng), rng)))
+    turns.append(("relation", _relation_turn(scene, rng)))
+    turns = [(kind, turn) for kind, turn in turns if turn is not None]
 
     messages: list[Message] = []
     groundings: list[Grounding] = []
     # An object is named in several turns; its mask is encoded once. The turns keep the arrays, and so their ids, alive.
     encoded: dict[int, MaskRLE] = {}
     for number in rng.permutation(len(turns)):
-        turn = turns[number]
+        kind, turn = turns[number]
+        if texts is not None and kind not in texts:
+            continue
         pair = (user_message(turn.question, images=0 if messages else 1), assistant_message(turn.answer))
         for message, spans in zip(pair, (turn.in_question, turn.in_answer), strict=True):
             for start, end, mask in spans:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain, pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from .questions import EvaluationItem
-from .schema import Sample
+from .mix import Mix
+from .questions import EvaluationItem, Question
+from .schema import FEATURES, Message, Sample, message_text
 
 
 if TYPE_CHECKING:
-    from ..training.recipe import DataRecipe
+    import datasets
+
+    from ..training.recipe import DataRecipe, Recipe
 
 
 @dataclass
@@ -23,7 +33,8 @@ class DataSource:
     Attributes:
         train: samples of the schema.
         validation, test: pictures with questions, none of which is trained on.
-        tokenizer: made from the words of this data, for a language model that starts from scratch.
+        texts: gives texts that together hold every word of this data.
+        tokenizer: made from these words, for a language model that starts from scratch.
         pictures: `{"image", "label"}` and the number of labels, to warm a vision encoder up, where the data has such.
         prior: class -> share of the training pictures that show it, where a text-only guess could use it.
     """
@@ -31,9 +42,16 @@ class DataSource:
     train: Dataset
     validation: list[EvaluationItem]
     test: list[EvaluationItem]
-    tokenizer: PreTrainedTokenizerFast
+    texts: Callable[[], Iterable[str]]
     pictures: tuple[Dataset, int] | None = None
     prior: dict[str, float] | None = None
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        # Not before it is asked for: a large data set has to be read for it, and pretrained models bring their own.
+        from .scenes_tokenizer import build_word_tokenizer
+
+        return build_word_tokenizer(self.texts())
 
 
 class MasksOfOthers(Dataset):
@@ -59,50 +77,198 @@ class MasksOfOthers(Dataset):
         return {**sample, "groundings": groundings}
 
 
-def load_source(recipe: DataRecipe, seed: int) -> DataSource:
-    """Builds the data that a recipe names. `seed` chooses training samples; evaluation pictures do not depend on it."""
-    source = _scenes(recipe, seed) if recipe.kind == "scenes" else _label_maps(recipe, seed)
+def load_sources(recipe: Recipe) -> DataSource:
+    """The data of a whole recipe: what `data` says, and for training mixed with what `mix` says."""
+    source = load_source(recipe.data, recipe.seed)
+    if not recipe.mix:
+        return source
+    # Seeds far apart: parts that are drawn shall not be the same pictures.
+    others = [
+        load_source(part, recipe.seed + 1_000_003 * number, evaluation=False)
+        for number, part in enumerate(recipe.mix, start=1)
+    ]
+    sources, training = [source, *others], recipe.training
+    draws = training.steps * training.batch_size * training.gradient_accumulation
+    mix = Mix(
+        [part.train for part in sources],
+        [part.weight for part in (recipe.data, *recipe.mix)],
+        length=draws * int(os.environ.get("WORLD_SIZE", 1)),
+        seed=recipe.seed,
+    )
+    return replace(source, train=mix, texts=lambda: chain.from_iterable(part.texts() for part in sources))
+
+
+def load_source(recipe: DataRecipe, seed: int, *, evaluation: bool = True) -> DataSource:
+    """Builds the data that a recipe names. `seed` chooses training samples; evaluation pictures do not depend on it.
+
+    Raises:
+        ValueError: one sentence, for data that is not there or not as it should be.
+    """
+    source = {"scenes": _scenes, "label_maps": _label_maps, "dataset": _dataset}[recipe.kind](recipe, seed, evaluation)
     if recipe.masks == "other":
         source.train = MasksOfOthers(source.train)
     return source
 
 
-def _scenes(recipe: DataRecipe, seed: int) -> DataSource:
+def check_paths(recipe: Recipe) -> None:
+    """Raises ValueError, one sentence, for a folder of data that is not there, before anything is read."""
+    for name, data in (("data", recipe.data), *((f"mix.{i}", part) for i, part in enumerate(recipe.mix))):
+        if data.kind == "label_maps":
+            for key in ("images", "labels", "instances"):
+                folder = getattr(data, key)
+                if folder is not None and not Path(folder).is_dir():
+                    raise ValueError(f"{name}.{key}: '{folder}' is not a folder, expected one.")
+        elif data.kind == "dataset" and not Path(data.path).is_dir() and not re.fullmatch(_HUB_NAME, data.path):
+            raise ValueError(
+                f"{name}.path: '{data.path}' is not a folder, expected one, or the Hub name of a data set."
+            )
+
+
+_HUB_NAME = r"[\w-][\w.-]*/[\w-][\w.-]*"
+
+
+def _scenes(recipe: DataRecipe, seed: int, evaluation: bool) -> DataSource:
     from .scene_datasets import IconsDataset, ScenesDataset, scene_items
+    from .scene_questions import scene_texts
     from .scenes import SceneConfig
-    from .scenes_tokenizer import build_scenes_tokenizer
 
     config = SceneConfig()
     return DataSource(
-        train=ScenesDataset("train", recipe.train, seed),
-        validation=scene_items("validation", recipe.validation),
-        test=scene_items("test", recipe.test, recipe.test_seed),
-        tokenizer=build_scenes_tokenizer(),
+        train=ScenesDataset("train", recipe.train, seed, texts=recipe.texts),
+        validation=scene_items("validation", recipe.validation) if evaluation else [],
+        test=scene_items("test", recipe.test, recipe.test_seed) if evaluation else [],
+        texts=scene_texts,
         pictures=(IconsDataset(8000, seed, side=config.size // 2), len(config.kinds)),
     )
 
 
-def _label_maps(recipe: DataRecipe, seed: int) -> DataSource:
+def _label_maps(recipe: DataRecipe, seed: int, evaluation: bool) -> DataSource:
     from .label_maps import LabelMaps, LabelMapsDataset, class_prior, class_statistics, label_map_items, label_map_texts
-    from .scenes_tokenizer import build_word_tokenizer
 
     maps = LabelMaps(recipe.images, recipe.labels, recipe.classes, ignore=recipe.ignore, instances=recipe.instances)
     split = maps.split(recipe.held_out)
     size = tuple(recipe.crop)
-    statistics = class_statistics(split.train, size=size)
-    validation, test = (
-        label_map_items(part, statistics, size=size, per_frame=recipe.crops_per_frame)
-        for part in (split.validation, split.test)
-    )
-    return DataSource(
-        train=LabelMapsDataset(split.train, length=recipe.train, seed=seed, size=size),
-        validation=_spread(validation, recipe.validation),
-        test=_spread(test, recipe.test),
-        tokenizer=build_word_tokenizer(label_map_texts(recipe.classes)),
+    source = DataSource(
+        train=LabelMapsDataset(split.train, length=recipe.train, seed=seed, size=size, texts=recipe.texts),
+        validation=[],
+        test=[],
+        texts=lambda: label_map_texts(recipe.classes),
         prior=class_prior(split.train, size=size),
     )
+    if evaluation:
+        statistics = class_statistics(split.train, size=size)
+        source.validation, source.test = (
+            _spread(label_map_items(part, statistics, size=size, per_frame=recipe.crops_per_frame), number)
+            for part, number in ((split.validation, recipe.validation), (split.test, recipe.test))
+        )
+    return source
 
 
-def _spread(items: list[EvaluationItem], number: int) -> list[EvaluationItem]:
+def _dataset(recipe: DataRecipe, seed: int, evaluation: bool) -> DataSource:
+    samples = open_dataset(recipe.path, recipe.split)
+    held_out = round(len(samples) * recipe.held_out)
+    kept = len(samples) - held_out
+    if kept < 1:
+        raise ValueError(f"data.path: '{recipe.path}' has {len(samples)} samples, expected one to train on at least.")
+    source = DataSource(
+        train=samples.select(range(kept)),
+        validation=[],
+        test=[],
+        texts=lambda: (
+            message_text(message) for row in samples.select_columns("messages") for message in row["messages"]
+        ),
+    )
+    if evaluation:
+        middle = kept + held_out // 2
+        source.validation = yes_no_items(samples, range(kept, middle), recipe.validation)
+        source.test = yes_no_items(samples, range(middle, len(samples)), recipe.test)
+        if not source.test:
+            warnings.warn(
+                f"data.path: the held-out part of '{recipe.path}' asks no question about one picture that is answered by "
+                "yes or no, so there will be no figures.",
+                stacklevel=3,
+            )
+    return source
+
+
+def open_dataset(path: str, split: str = "train") -> datasets.Dataset:
+    """A data set of the schema: a folder of `save_to_disk`, another folder with parquet files, or a name on the Hub.
+
+    Raises:
+        ValueError: one sentence, where there is none, or one without the columns of the schema.
+    """
+    import datasets
+
+    folder = Path(path)
+    try:
+        if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+            samples = datasets.load_from_disk(path)
+        elif folder.is_dir():
+            files = sorted(str(file) for file in folder.rglob("*.parquet"))
+            if not files:
+                raise ValueError("the folder has neither parquet files nor what `save_to_disk` writes")
+            samples = datasets.load_dataset("parquet", data_files=files, split="train")
+        else:
+            samples = datasets.load_dataset(path, split=split)
+        if isinstance(samples, datasets.DatasetDict):
+            if split not in samples:
+                raise ValueError(f"it has the splits {', '.join(samples)}, and not '{split}'")
+            samples = samples[split]
+        missing = [column for column in FEATURES if column not in samples.column_names]
+        if missing:
+            raise ValueError(f"it lacks the columns {', '.join(missing)} of the schema")
+        if samples.features["images"] != FEATURES["images"]:
+            # Written by other tools, pictures are bytes without a type.
+            samples = samples.cast_column("images", FEATURES["images"])
+    except (OSError, ValueError, KeyError, TypeError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+        raise ValueError(f"data.path: '{path}' could not be loaded as a data set: {reason}.") from error
+    return samples
+
+
+def yes_no_items(samples: Sequence[Sample], numbers: Sequence[int], most: int) -> list[EvaluationItem]:
+    """Samples with one picture and a question that is answered by yes or no, as pictures to evaluate on.
+
+    A question's phrase and mask are those of its first grounding, where it has any.
+
+    Args:
+        numbers: which samples are looked at.
+        most: at most so many are taken, from all over them.
+    """
+    # Without the pictures: they are not decoded just to be looked through.
+    chats = samples.select_columns(["messages"]) if hasattr(samples, "select_columns") else samples
+    asking = [number for number in numbers if any(_yes_no_turns(chats[number]["messages"]))]
+    items = []
+    for number in _spread(asking, most):
+        sample = samples[number]
+        image_id = f"{number}:{sample['id']}"
+        questions = []
+        for message, text, answer in _yes_no_turns(sample["messages"]):
+            asked = (
+                g for g in sample["groundings"] or () if g["message"] == message and (g["mask"] or {}).get("counts")
+            )
+            first = next(asked, None)
+            phrase, mask = ((first["start"], first["end"]), first["mask"]) if first else (None, None)
+            question = Question(f"{image_id}/{message}", image_id, text, answer, "existence", None, phrase, mask)
+            questions.append(question)
+        items.append(EvaluationItem(image_id, sample["images"][0], tuple(questions)))
+    return items
+
+
+def _yes_no_turns(messages: Sequence[Message]) -> Iterator[tuple[int, str, str]]:
+    """Number and text of each question of a chat about one picture that is answered by a bare yes or no, and which."""
+    pictures = [
+        number for number, message in enumerate(messages) for part in message["content"] if part["type"] == "image"
+    ]
+    if len(pictures) != 1:
+        return
+    for number, (message, reply) in enumerate(pairwise(messages)):
+        answer = message_text(reply).strip().rstrip(".").lower()
+        if message["role"] == "user" and reply["role"] == "assistant" and answer in ("yes", "no"):
+            if number >= pictures[0]:
+                yield number, message_text(message), answer
+
+
+def _spread(items: list, number: int) -> list:
     """At most so many items, from all over the list: neighbours in a recording look alike."""
     return items if len(items) <= number else [items[i * len(items) // number] for i in range(number)]

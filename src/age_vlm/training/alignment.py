@@ -6,6 +6,7 @@ known to us, so every form here is an option. Which one is the default was measu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -46,6 +47,13 @@ def dice(attention: Tensor, coverage: Tensor) -> Tensor:
 
 FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"nll": nll, "kl": kl, "bce": bce, "dice": dice}
 
+# Share of the run -> how far the weight has come from its first value (0) to its last (1).
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda share: 0.0,
+    "linear": lambda share: share,
+    "cosine": lambda share: (1 - math.cos(math.pi * share)) / 2,
+}
+
 
 @dataclass
 class AlignmentConfig:
@@ -55,15 +63,19 @@ class AlignmentConfig:
         weight: of the alignment loss beside the language modelling loss; 0 turns it off.
         layers: cross-attention blocks that are aligned, counted from 0 among the blocks.
         heads: heads that are aligned: `half` (the first half: the others stay free to look elsewhere), `all`, or a list.
+        schedule: `constant`, or `linear` or `cosine`: the weight goes to `final_weight` over the run.
+        final_weight: of the last step, where the schedule is not constant.
 
     Raises:
-        ValueError: one sentence, for an unknown form or a negative weight.
+        ValueError: one sentence, for an unknown form or schedule, or a negative weight.
     """
 
     form: str = "nll"
     weight: float = 0.2
     layers: Sequence[int] = (0,)
     heads: str | Sequence[int] = "half"
+    schedule: str = "constant"
+    final_weight: float = 0.0
 
     def __post_init__(self):
         if self.form not in FORMS:
@@ -71,14 +83,25 @@ class AlignmentConfig:
             raise ValueError(
                 f"alignment.form: got '{self.form}', expected one of {', '.join(FORMS)} (nearest: '{nearest}')."
             )
-        if self.weight < 0:
-            raise ValueError(f"alignment.weight: got {self.weight}, expected 0 or more.")
+        if self.schedule not in SCHEDULES:
+            nearest = get_close_matches(str(self.schedule), SCHEDULES, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"alignment.schedule: got '{self.schedule}', expected one of {', '.join(SCHEDULES)} (nearest: '{nearest}')."
+            )
+        for name in ("weight", "final_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"alignment.{name}: got {getattr(self, name)}, expected 0 or more.")
         if isinstance(self.heads, str) and self.heads not in ("half", "all"):
             raise ValueError(f"alignment.heads: got '{self.heads}', expected 'half', 'all' or a list of heads.")
         if not self.heads:
             raise ValueError("alignment.heads: got an empty list, expected at least one head.")
         if not self.layers:
             raise ValueError("alignment.layers: got an empty list, expected at least one cross-attention block.")
+
+    def weight_at(self, step: int, steps: int) -> float:
+        """The weight of step number `step`, counted from 0, of so many."""
+        share = min(1.0, step / max(1, steps - 1))
+        return self.weight + (self.final_weight - self.weight) * SCHEDULES[self.schedule](share)
 
     def check(self, blocks: int, heads: int) -> None:
         """Raises ValueError, one sentence, if a model with so many cross-attention blocks and heads lacks one of ours."""

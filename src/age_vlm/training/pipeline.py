@@ -6,8 +6,9 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import PIL.Image
@@ -16,43 +17,81 @@ from ..analysis.report import write_report
 from ..ask import ask
 from ..data.collator import token_grid_size
 from ..data.questions import EvaluationItem
-from ..data.sources import DataSource, load_source
+from ..data.sources import DataSource, load_sources
 from ..evaluation.answers import yes_scores
 from ..evaluation.benchmark import answer_metrics, grounding_metrics, presence_metrics, split_items
+from ..evaluation.metrics import auc
 from ..hub import save_checkpoint
 from ..model_card import model_card
 from .recipe import Recipe
-from .run import check_run_folder, environment, fit, run_folder
+from .run import TRAINER_FOLDER, check_run_folder, check_same_recipe, environment, fit, is_complete, run_folder
 
 
 def run_recipe(
-    recipe: Recipe, folder: str | Path, *, overwrite: bool = False, progress: bool = True
+    recipe: Recipe,
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    previous: Path | None = None,
+    progress: bool = True,
 ) -> dict[str, dict]:
     """Trains, measures and saves.
 
     The folder then holds `recipe.yaml`, `environment.json`, `log.jsonl`, `metrics.json`, `checkpoint/`, `examples/` (test
-    pictures to ask about) and `report.html`.
+    pictures to ask about), `report.html`, and `adapter/` where parts were trained by LoRA.
+
+    Args:
+        overwrite: replace an earlier run in the folder, once this one is complete.
+        resume: go on where a run of the same recipe in the folder was stopped, if there is one; with one that is
+            complete there is nothing to do.
+        previous: checkpoint that a recipe with `model.checkpoint: previous` starts from.
 
     Returns:
         Figures on the test part, one dict a row of the table: the model, and the controls `blank picture` (the same
         model, shown a grey picture: what it can answer from the language alone).
 
     Raises:
-        ValueError: one sentence, for a folder that exists, data that cannot be read, a full disk.
+        ValueError: one sentence, for a folder that exists, another recipe in it, data that cannot be read, a full disk.
     """
-    check_run_folder(folder, overwrite)
+    folder = Path(folder)
+    check_run_folder(folder, overwrite, resume)
+    resume = resume and (folder / "recipe.yaml").is_file()
+    if resume:
+        check_same_recipe(folder, recipe)
+        if is_complete(folder):
+            shutil.rmtree(folder / TRAINER_FOLDER, ignore_errors=True)
+            return stored_figures(folder)
     started = time.monotonic()
-    source = load_source(recipe.data, recipe.seed)
-    with run_folder(folder, overwrite) as folder:
-        return _run(recipe, source, folder, started, progress)
+    source = load_sources(recipe)
+    with run_folder(folder, overwrite, resume) as folder:
+        metrics = _run(recipe, source, folder, started, resume, previous, progress)
+        shutil.rmtree(folder / TRAINER_FOLDER, ignore_errors=True)
+    return metrics
 
 
-def _run(recipe: Recipe, source: DataSource, folder: Path, started: float, progress: bool) -> dict[str, dict]:
+def stored_figures(folder: Path) -> dict[str, dict]:
+    """The figures of a complete run, as `run_recipe` returned them."""
+    return json.loads((folder / "metrics.json").read_text("utf-8"))["figures"]
+
+
+def _run(
+    recipe: Recipe,
+    source: DataSource,
+    folder: Path,
+    started: float,
+    resume: bool,
+    previous: Path | None,
+    progress: bool,
+) -> dict[str, dict]:
+    for unfinished in folder.glob(".*"):  # what a run that was killed was writing
+        shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
     write_atomically(folder / "recipe.yaml", recipe.to_yaml())
     write_atomically(folder / "environment.json", json.dumps(environment(), indent=2))
 
+    measure = curve_measure(recipe, source.validation)
     model, processor, log, curve = fit(
-        recipe, source, folder, measure=curve_measure(recipe, source.validation), progress=progress
+        recipe, source, folder, measure=measure, resume=resume, previous=previous, progress=progress
     )
     model.config.alignment = dataclasses.asdict(recipe.alignment)
     write_atomically(folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
@@ -69,7 +108,7 @@ def _run(recipe: Recipe, source: DataSource, folder: Path, started: float, progr
     curves = {
         f"{name} (validation)": [(point["step"], point[name]) for point in curve] for name in curve[0] if name != "step"
     }
-    for name in ("lm_loss", "alignment_loss", "attention_mass", "pointing_accuracy"):
+    for name in ("lm_loss", "alignment_loss", "alignment_weight", "attention_mass", "pointing_accuracy"):
         points = [(entry["step"], entry[name]) for entry in log if name in entry]
         if points:
             curves[f"{name} (training)"] = points
@@ -81,8 +120,10 @@ def _run(recipe: Recipe, source: DataSource, folder: Path, started: float, progr
         curves=curves,
         examples=examples(model, processor, source.test),
         notes=[
-            f"Figures are on {len(source.test)} test pictures that were neither trained on nor chosen on; one seed.",
-            f"The whole run took {seconds / 60:.1f} minutes.",
+            f"Figures are on {len(source.test)} test pictures that were neither trained on nor chosen on; one seed."
+            if source.test
+            else "No figures: the held-out samples ask no question that can be scored.",
+            f"The {'run, since it was resumed,' if resume else 'whole run'} took {seconds / 60:.1f} minutes.",
         ],
     )
     return metrics
@@ -91,7 +132,8 @@ def _run(recipe: Recipe, source: DataSource, folder: Path, started: float, progr
 def curve_measure(recipe: Recipe, items: Sequence[EvaluationItem], pictures: int = 100):
     """Figures that are cheap enough to take while training: existence by logits, and pointing, on some pictures."""
     items = items[:pictures]
-    asked = split_items(items, lambda question: question.kind == "existence" and question.mode == "adversarial")
+    mode, name = (None, "yes_no_accuracy") if recipe.data.kind == "dataset" else ("adversarial", "adversarial_accuracy")
+    asked = split_items(items, lambda question: question.kind == "existence" and question.mode == mode)
     questions = [question for item in asked for question in item.questions]
     visible = split_items(items, lambda question: question.mask is not None)
 
@@ -100,10 +142,11 @@ def curve_measure(recipe: Recipe, items: Sequence[EvaluationItem], pictures: int
         if questions:
             scores = yes_scores(model, processor, asked)
             right = sum((scores[question.id] > 0) == (question.answer == "yes") for question in questions)
-            figures["adversarial_accuracy"] = right / len(questions)
+            figures[name] = right / len(questions)
         if visible:
             grid = token_grid_size(model, processor)
-            figures |= grounding_metrics(model, processor, asked or visible, grid, recipe.alignment)
+            pointed = split_items(asked, lambda question: question.mask is not None) or visible
+            figures |= grounding_metrics(model, processor, pointed, grid, recipe.alignment)
         return figures
 
     return measure
@@ -112,7 +155,9 @@ def curve_measure(recipe: Recipe, items: Sequence[EvaluationItem], pictures: int
 def test_metrics(model, processor, recipe: Recipe, source: DataSource) -> dict[str, dict[str, float]]:
     """Rows of figures on the test part."""
     metrics, _ = answer_metrics(model, processor, source.test)
-    metrics |= grounding_metrics(model, processor, source.test, token_grid_size(model, processor), recipe.alignment)
+    if split_items(source.test, lambda question: question.mask is not None):
+        grid = token_grid_size(model, processor)
+        metrics |= grounding_metrics(model, processor, source.test, grid, recipe.alignment)
     blank = [dataclasses.replace(item, image=PIL.Image.new("RGB", item.image.size, "grey")) for item in source.test]
     control, _ = answer_metrics(model, processor, blank)
     if recipe.data.kind == "label_maps":
@@ -120,7 +165,21 @@ def test_metrics(model, processor, recipe: Recipe, source: DataSource) -> dict[s
             value = presence_metrics(yes_scores(model, processor, pictures), pictures)["macro_auc"]
             if not math.isnan(value):  # no class is both present and absent
                 row["presence/macro_auc"] = value
+    if recipe.data.kind == "dataset":
+        for row, pictures in ((metrics, source.test), (control, blank)):
+            row |= yes_no_metrics(yes_scores(model, processor, pictures), pictures)
     return {"model": metrics, "blank picture": control}
+
+
+def yes_no_metrics(scores: Mapping[str, float], items: Sequence[EvaluationItem]) -> dict[str, float]:
+    """`yes_no/accuracy` of questions by the sign of logit(yes) - logit(no), and `yes_no/auc` where both answers occur."""
+    questions = [question for item in items for question in item.questions]
+    if not questions:
+        return {}
+    given, truth = [scores[q.id] for q in questions], [q.answer == "yes" for q in questions]
+    right = sum((score > 0) == yes for score, yes in zip(given, truth))
+    figures = {"yes_no/accuracy": right / len(questions), "yes_no/auc": auc(given, truth)}
+    return {name: value for name, value in figures.items() if not math.isnan(value)}
 
 
 def table_rows(metrics: dict[str, dict[str, float]]) -> list[dict[str, str | float]]:

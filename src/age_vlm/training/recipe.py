@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -15,6 +16,11 @@ import yaml
 
 from ..configuration import PRESETS
 from .alignment import AlignmentConfig
+from .parts import PARTS
+
+
+# `model.checkpoint` of a recipe that goes on from the one before it in a folder of recipes.
+PREVIOUS = "previous"
 
 
 @dataclass
@@ -28,6 +34,7 @@ class ModelRecipe:
     config: dict[str, Any] = field(default_factory=dict)
     image_size: int | list[int] | None = None
     attention: str = "sdpa"
+    dtype: str | None = None
 
     def __post_init__(self):
         if self.attention not in ("eager", "sdpa", "flex_attention"):
@@ -41,13 +48,23 @@ class ModelRecipe:
             )
         if (self.text is None) != (self.vision is None):
             raise ValueError("model.text, model.vision: got one without the other, expected both or neither.")
+        if self.dtype not in (None, "float32", "bfloat16"):
+            raise ValueError(f"model.dtype: got '{self.dtype}', expected 'float32', 'bfloat16' or null.")
+        if self.dtype is not None and self.text is None:
+            raise ValueError(
+                f"model.dtype: got '{self.dtype}' without model.text and model.vision, expected null: presets are float32, "
+                "and a checkpoint keeps its own."
+            )
 
 
 @dataclass
 class DataRecipe:
-    """What is trained on: drawn `scenes`, or `label_maps`, photographs with per-pixel class indices."""
+    """What is trained on: drawn `scenes`, `label_maps`, photographs with per-pixel class indices, or a `dataset` of samples
+    of the schema."""
 
     kind: str = "scenes"
+    weight: float = 1.0
+    texts: list[str] | None = None
     train: int = 4000
     validation: int = 200
     test: int = 500
@@ -58,16 +75,22 @@ class DataRecipe:
     classes: list[str] | None = None
     ignore: list[int] = field(default_factory=list)
     crop: list[int] = field(default_factory=lambda: [256, 192])
+    path: str | None = None
+    split: str = "train"
     held_out: float = 0.2
     crops_per_frame: int = 8
     masks: str = "own"
 
     def __post_init__(self):
-        if self.kind not in ("scenes", "label_maps"):
-            raise ValueError(f"data.kind: got '{self.kind}', expected 'scenes' or 'label_maps'.")
+        if self.kind not in TEXTS:
+            raise ValueError(f"data.kind: got '{self.kind}', expected {_or(TEXTS)}.")
         if self.kind == "label_maps" and not (self.images and self.labels and self.classes):
             raise ValueError(
                 "data: kind 'label_maps' needs images, labels and classes, got at least one of them empty."
+            )
+        if self.kind == "dataset" and not self.path:
+            raise ValueError(
+                "data.path: got none, expected the folder or Hub name of a data set in the schema of age_vlm.data.schema."
             )
         if self.masks not in ("own", "other"):
             raise ValueError(
@@ -75,7 +98,33 @@ class DataRecipe:
             )
         if len(self.crop) != 2:
             raise ValueError(f"data.crop: got {self.crop}, expected a width and a height.")
+        if not 0 <= self.held_out < 1 or (self.kind == "label_maps" and not self.held_out):
+            lowest = "above" if self.kind == "label_maps" else "from"
+            raise ValueError(f"data.held_out: got {self.held_out}, expected a share, {lowest} 0 and below 1.")
+        if not self.weight > 0:
+            raise ValueError(f"data.weight: got {self.weight}, expected more than 0.")
+        self._check_texts()
         _at_least(self, "data", 1, "train", "validation", "test", "crops_per_frame")
+
+    def _check_texts(self) -> None:
+        if self.texts is None:
+            return
+        possible = TEXTS[self.kind]
+        if not possible:
+            raise ValueError(
+                f"data.texts: got {self.texts}, expected null: a data set of kind '{self.kind}' is used whole."
+            )
+        if not self.texts:
+            raise ValueError("data.texts: got an empty list, expected at least one kind of text, or null for all.")
+        for text in self.texts:
+            if text not in possible:
+                nearest = get_close_matches(text, possible, n=1, cutoff=0.0)[0]
+                raise ValueError(
+                    f"data.texts: got '{text}', expected some of {', '.join(possible)} for kind '{self.kind}' "
+                    f"(nearest: '{nearest}')."
+                )
+        if self.kind == "label_maps" and self.texts == ["count"] and not self.instances:
+            raise ValueError("data.texts: got count alone, which needs data.instances.")
 
 
 @dataclass
@@ -92,30 +141,76 @@ class WarmStartRecipe:
 
 
 @dataclass
+class LoraRecipe:
+    """Size of the adapters of parts that are trained by `lora`; `alpha` is twice the rank when left out."""
+
+    rank: int = 8
+    alpha: float | None = None
+    dropout: float = 0.0
+    dora: bool = False
+
+    def __post_init__(self):
+        _at_least(self, "training.lora", 1, "rank")
+        if self.alpha is not None and not self.alpha > 0:
+            raise ValueError(f"training.lora.alpha: got {self.alpha}, expected more than 0.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"training.lora.dropout: got {self.dropout}, expected a share, from 0 to below 1.")
+
+
+@dataclass
 class TrainingRecipe:
-    """Length, batch and optimizer. `train` names the parts that learn; the others keep their weights."""
+    """Length, batch and optimizer, and for each part of the model whether it is `frozen`, or trained in `full` or by
+    `lora`."""
 
     steps: int = 1000
     batch_size: int = 32
     gradient_accumulation: int = 1
     learning_rate: float = 2e-3
+    learning_rates: dict[str, float] = field(default_factory=dict)
     weight_decay: float = 0.05
+    adam_beta2: float = 0.999
     warmup: float = 0.05
     schedule: str = "cosine"
     max_grad_norm: float = 1.0
     precision: str = "fp32"
-    train: list[str] = field(default_factory=lambda: ["vision", "projector", "cross_attention", "language_model"])
+    gradient_checkpointing: bool = False
+    vision: str = "full"
+    projector: str = "full"
+    cross_attention: str = "full"
+    language_model: str = "full"
+    lora: LoraRecipe = field(default_factory=LoraRecipe)
+    independent_turns: bool = True
+    max_length: int | None = None
     log_every: int = 25
     evaluate_every: int = 100
+    save_every: int = 0
     workers: int = 0
 
+    @property
+    def modes(self) -> dict[str, str]:
+        """Part -> `frozen`, `full` or `lora`."""
+        return {part: getattr(self, part) for part in PARTS}
+
     def __post_init__(self):
-        unknown = [part for part in self.train if part not in PARTS]
-        if unknown:
-            nearest = get_close_matches(unknown[0], PARTS, n=1, cutoff=0.0)[0]
+        for part, mode in self.modes.items():
+            possible = MODES if part in LORA_PARTS else MODES[:2]
+            if mode not in possible:
+                nearest = get_close_matches(mode, possible, n=1, cutoff=0.0)[0]
+                raise ValueError(f"training.{part}: got '{mode}', expected {_or(possible)} (nearest: '{nearest}').")
+        if set(self.modes.values()) == {"frozen"}:
             raise ValueError(
-                f"training.train: got '{unknown[0]}', expected parts of {', '.join(PARTS)} (nearest: '{nearest}')."
+                f"training: got 'frozen' for all of {', '.join(PARTS)}, expected at least one that learns."
             )
+        for part, rate in self.learning_rates.items():
+            if part not in PARTS:
+                nearest = get_close_matches(str(part), PARTS, n=1, cutoff=0.0)[0]
+                raise ValueError(
+                    f"training.learning_rates: got '{part}', expected parts of {', '.join(PARTS)} (nearest: '{nearest}')."
+                )
+            if self.modes[part] == "frozen":
+                raise ValueError(f"training.learning_rates.{part}: got a rate, but training.{part} is 'frozen'.")
+            if rate < 0:
+                raise ValueError(f"training.learning_rates.{part}: got {rate}, expected at least 0.")
         if self.precision not in ("fp32", "bf16", "fp16"):
             raise ValueError(f"training.precision: got '{self.precision}', expected 'fp32', 'bf16' or 'fp16'.")
         if self.schedule not in SCHEDULES:
@@ -123,20 +218,25 @@ class TrainingRecipe:
             raise ValueError(
                 f"training.schedule: got '{self.schedule}', expected one of {', '.join(SCHEDULES)} (nearest: '{nearest}')."
             )
+        if not 0 <= self.adam_beta2 < 1:
+            raise ValueError(f"training.adam_beta2: got {self.adam_beta2}, expected at least 0 and below 1.")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"training.warmup: got {self.warmup}, expected a share of the steps, from 0 to 1.")
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"training.max_length: got {self.max_length}, expected at least 1, or null for no limit.")
         _at_least(self, "training", 1, "steps", "batch_size", "gradient_accumulation", "log_every", "evaluate_every")
-        _at_least(self, "training", 0, "learning_rate", "weight_decay", "max_grad_norm", "workers")
+        _at_least(self, "training", 0, "learning_rate", "weight_decay", "max_grad_norm", "save_every", "workers")
 
 
 @dataclass
 class Recipe:
-    """One training run, whole."""
+    """One training run, whole. `data` is trained on and measured on; `mix` is trained on beside it."""
 
     name: str = "age-vlm"
     seed: int = 0
     model: ModelRecipe = field(default_factory=ModelRecipe)
     data: DataRecipe = field(default_factory=DataRecipe)
+    mix: list[DataRecipe] = field(default_factory=list)
     warm_start: WarmStartRecipe = field(default_factory=WarmStartRecipe)
     training: TrainingRecipe = field(default_factory=TrainingRecipe)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
@@ -148,9 +248,21 @@ class Recipe:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
 
 
-PARTS = ("vision", "projector", "cross_attention", "language_model")
+# Kind of data -> kinds of texts it can be asked for.
+TEXTS = {
+    "scenes": ("caption", "existence", "count", "colour", "relation"),
+    "label_maps": ("caption", "existence", "count"),
+    "dataset": (),
+}
+MODES = ("frozen", "full", "lora")
+LORA_PARTS = ("cross_attention", "language_model")
 # Those of transformers that need nothing but the number of steps.
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
+
+
+def _or(words: typing.Iterable[str]) -> str:
+    *first, last = (f"'{word}'" for word in words)
+    return f"{', '.join(first)} or {last}"
 
 
 def _at_least(recipe: Any, section: str, lowest: float, *names: str) -> None:
@@ -161,7 +273,7 @@ def _at_least(recipe: Any, section: str, lowest: float, *names: str) -> None:
 
 
 def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
-    """Reads a recipe; `overrides` are `section.key=value` with values in YAML.
+    """Reads a recipe; `overrides` are `section.key=value` with values in YAML, `mix.0.key=value` for items of a list.
 
     Raises:
         ValueError: one sentence, for a file that is not there or no YAML, an unknown key (with the nearest one), or a
@@ -183,9 +295,14 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
         *sections, name = key.split(".")
         target = values
         for section in sections:
-            target = target.setdefault(section, {})
-            if not isinstance(target, dict):
+            if isinstance(target, list):
+                target = target[int(section)] if section.isdecimal() and int(section) < len(target) else None
+            else:
+                target = target.setdefault(section, {})
+            if not isinstance(target, (dict, list)):
                 raise ValueError(f"override: '{section}' in '{override}' has no keys of its own.")
+        if isinstance(target, list):
+            raise ValueError(f"override: '{name}' in '{override}' is no key, expected one after the number of an item.")
         try:
             target[name] = yaml.safe_load(value)
         except yaml.YAMLError as error:
@@ -205,24 +322,41 @@ def build(cls: type, values: Any, where: str = ""):
         if key not in hints:
             nearest = get_close_matches(str(key), hints, n=1, cutoff=0.0)[0]
             raise ValueError(f"{name}: unknown key, expected one of {', '.join(hints)} (nearest: '{nearest}').")
-        if hints[key] is float and isinstance(value, str):
-            value = _number(value)
-        if dataclasses.is_dataclass(hints[key]):
-            value = build(hints[key], value, name)
-        elif not _fits(value, hints[key]):
-            raise ValueError(f"{name}: got {value!r}, expected {_shown(hints[key])}.")
-        elif hints[key] is float:
-            value = float(value)
-        arguments[key] = value
+        arguments[key] = _converted(value, hints[key], name)
     return cls(**arguments)
 
 
-def _number(text: str) -> float | str:
-    """YAML 1.1 reads 2e-3, without a point, as text."""
+def _converted(value: Any, hint: Any, name: str) -> Any:
+    items = typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, name)
+    if isinstance(value, list) and items and dataclasses.is_dataclass(items[0]):
+        return [_item(items[0], each, f"{name}.{number}") for number, each in enumerate(value)]
+    if hint is float or hint == float | None:
+        value = _number(value)
+    if hint == dict[str, float] and isinstance(value, dict):
+        return {key: _converted(each, float, f"{name}.{key}") for key, each in value.items()}
+    if not _fits(value, hint):
+        raise ValueError(f"{name}: got {value!r}, expected {_shown(hint)}.")
+    return value
+
+
+def _item(cls: type, values: Any, name: str):
     try:
-        return float(text)
-    except ValueError:
-        return text
+        return build(cls, values, name)
+    except ValueError as error:
+        # Data speaks of itself as of the section that it usually is.
+        raise ValueError(re.sub(r"^data\b(?=[.:])", name, str(error))) from None
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 2e-3, without a point, as text; whole numbers are floats where one is wanted."""
+    if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
+        try:
+            return float(value)
+        except (ValueError, OverflowError):
+            pass
+    return value
 
 
 def _fits(value: Any, hint: Any) -> bool:

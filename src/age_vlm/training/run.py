@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import glob
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+import yaml
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -20,6 +23,8 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..configuration import IMAGE_SIZES, preset_config
 from ..data.collator import AgeVlmCollator, token_grid_size
@@ -28,17 +33,36 @@ from ..hub import load_checkpoint
 from ..modeling_agevlm import AgeVlmForConditionalGeneration
 from ..modeling_agevlm.modeling_agevlm import reserved_image_token
 from ..processing import AgeVlmProcessor, whole_image_processor
-from .recipe import ModelRecipe, Recipe, TrainingRecipe
+from .parts import part_of
+from .recipe import PREVIOUS, ModelRecipe, Recipe, TrainingRecipe
 from .trainer import AgeVlmTrainer
 from .warm_start import warm_start
 
 
-def build_model(recipe: ModelRecipe, source: DataSource) -> tuple[AgeVlmForConditionalGeneration, AgeVlmProcessor]:
-    """The model and processor that a recipe starts from."""
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+# In a run folder: resumable checkpoints while it trains, the adapter of parts that were trained by LoRA.
+TRAINER_FOLDER = "trainer"
+ADAPTER_FOLDER = "adapter"
+# Written last into a resumable checkpoint.
+_WHOLE = "whole"
+
+
+def build_model(
+    recipe: ModelRecipe, source: DataSource, previous: Path | None = None
+) -> tuple[AgeVlmForConditionalGeneration, AgeVlmProcessor]:
+    """The model and processor that a recipe starts from; `previous` is the checkpoint of the recipe before it."""
+    if recipe.checkpoint == PREVIOUS and previous is None:
+        raise ValueError(
+            f"model.checkpoint: got '{PREVIOUS}', expected a folder or Hub id: only `age-vlm pipeline` knows the recipe before."
+        )
     if recipe.checkpoint is not None:
-        model, processor = load_checkpoint(recipe.checkpoint, "model.checkpoint", **recipe.config)
+        checkpoint = previous if recipe.checkpoint == PREVIOUS else recipe.checkpoint
+        model, processor = load_checkpoint(checkpoint, "model.checkpoint", **recipe.config)
     elif recipe.text is not None:
-        model = AgeVlmForConditionalGeneration.from_backbones(recipe.text, recipe.vision, **recipe.config)
+        dtype = recipe.dtype and getattr(torch, recipe.dtype)
+        model = AgeVlmForConditionalGeneration.from_backbones(recipe.text, recipe.vision, dtype=dtype, **recipe.config)
         processor = AgeVlmProcessor.from_backbones(recipe.text, recipe.vision, image_size=recipe.image_size)
     else:
         model, processor = _model_from_preset(recipe, source)
@@ -66,22 +90,40 @@ def _model_from_preset(
     return AgeVlmForConditionalGeneration(config), processor
 
 
-def set_trainable(model: AgeVlmForConditionalGeneration, parts: Sequence[str]) -> None:
-    """Freezes every part of the model that `parts` does not name."""
-    model.requires_grad_(False)
+def set_trainable(model: AgeVlmForConditionalGeneration, recipe: TrainingRecipe) -> PeftModel | None:
+    """Freezes what the recipe does not train, and puts adapters into what it trains by LoRA.
+
+    Returns:
+        The model as PEFT wraps it, where there are adapters, to save and merge them. They are in `model` itself, too: it is
+        what is trained and stored on the way, since an adapter's own file lacks the parts that are trained in full.
+    """
+    adapted = None
+    targets = [part for part, mode in recipe.modes.items() if mode == "lora"]
+    if targets:
+        from peft import get_peft_model
+
+        from .lora import lora_config
+
+        lora = recipe.lora
+        config = lora_config(
+            targets[0] if len(targets) == 1 else "both",
+            rank=lora.rank,
+            alpha=lora.alpha,
+            dropout=lora.dropout,
+            use_dora=lora.dora,
+            gates="cross_attention" in targets,
+        )
+        adapted = get_peft_model(model, config)
     for name, parameter in model.named_parameters():
-        if ".vision_tower." in name:
-            part = "vision"
-        elif ".multi_modal_projector." in name:
-            part = "projector"
-        elif ".cross_attention." in name:
-            part = "cross_attention"
-        else:
-            part = "language_model"
-        parameter.requires_grad_(part in parts)
+        mode = recipe.modes[part_of(name)]
+        if mode != "lora":
+            parameter.requires_grad_(mode == "full")
+    return adapted
 
 
 def training_arguments(recipe: TrainingRecipe, seed: int, folder: str | Path, progress: bool) -> TrainingArguments:
+    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    checkpointing = checkpointing if recipe.gradient_checkpointing else {}
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=recipe.steps,
@@ -89,6 +131,7 @@ def training_arguments(recipe: TrainingRecipe, seed: int, folder: str | Path, pr
         gradient_accumulation_steps=recipe.gradient_accumulation,
         learning_rate=recipe.learning_rate,
         weight_decay=recipe.weight_decay,
+        adam_beta2=recipe.adam_beta2,
         warmup_steps=max(1, round(recipe.warmup * recipe.steps)),
         lr_scheduler_type=recipe.schedule,
         max_grad_norm=recipe.max_grad_norm,
@@ -96,7 +139,11 @@ def training_arguments(recipe: TrainingRecipe, seed: int, folder: str | Path, pr
         fp16=recipe.precision == "fp16",
         use_cpu=not torch.accelerator.is_available(),
         logging_steps=recipe.log_every,
-        save_strategy="no",
+        save_strategy="steps" if recipe.save_every else "no",
+        save_steps=recipe.save_every or recipe.steps,
+        # The newer of the two may be unfinished.
+        save_total_limit=2,
+        **checkpointing,
         report_to="none",
         remove_unused_columns=False,
         dataloader_num_workers=recipe.workers,
@@ -105,16 +152,45 @@ def training_arguments(recipe: TrainingRecipe, seed: int, folder: str | Path, pr
     )
 
 
-class CurveCallback(TrainerCallback):
-    """Measures the model every so many steps, and at the end, and keeps the figures."""
+class CurveCallback(TrainerCallback, ExportableState):
+    """Measures the model every so many steps, and at the end, and keeps the figures, also in resumable checkpoints."""
 
     def __init__(self, measure: Callable[[PreTrainedModel], dict[str, float]], every: int):
         self.measure, self.every = measure, every
         self.points: list[dict[str, float]] = []
 
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"points": self.points}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # Not restored by the trainer, which would make a new callback, and from what JSON can hold.
+        stored = state.stateful_callbacks.get(type(self).__name__, self.state())
+        self.points = list(stored["attributes"]["points"])
+
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
             self.points.append({"step": state.global_step, **self.measure(model)})
+
+
+class ResumableCallback(TrainerCallback):
+    """Marks the checkpoints that are whole, and sees to it that a resumed run logs what one in one piece would have."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            # From here a trainer would go one step too far; what comes next is the model's own checkpoint.
+            control.should_save = False
+        control.should_log = control.should_log or control.should_save
+        return control
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / _WHOLE).touch()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The latest whole checkpoint of a run folder, if there is one."""
+    whole = [mark.parent for mark in (folder / TRAINER_FOLDER).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{_WHOLE}")]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def environment() -> dict[str, str | int]:
@@ -130,18 +206,19 @@ def environment() -> dict[str, str | int]:
 
 
 @contextmanager
-def run_folder(folder: str | Path, overwrite: bool) -> Iterator[Path]:
+def run_folder(folder: str | Path, overwrite: bool, resume: bool = False) -> Iterator[Path]:
     """The folder of a run, as a context. An earlier run in it is gone only once this one is complete: where this one
-    fails, the earlier one is put back as it was.
+    fails, the earlier one is put back as it was. One that fails and could be resumed stays, if it replaces no other.
 
     Raises:
         ValueError: as `check_run_folder`.
     """
     folder = Path(folder)
-    check_run_folder(folder, overwrite)
+    check_run_folder(folder, overwrite, resume)
+    begun = (folder / "recipe.yaml").is_file()
     earlier = None
-    if (folder / "recipe.yaml").is_file():
-        earlier = Path(tempfile.mkdtemp(prefix=f".{folder.name}.earlier-", dir=folder.parent)) / folder.name
+    if begun and not resume:
+        earlier = Path(tempfile.mkdtemp(prefix=_earlier(folder), dir=folder.parent)) / folder.name
         folder.rename(earlier)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -151,22 +228,70 @@ def run_folder(folder: str | Path, overwrite: bool) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
             earlier.rename(folder)
             earlier.parent.rmdir()
-        elif not (folder / "metrics.json").exists() and (folder / "recipe.yaml").is_file():
+        elif not (
+            (begun and resume)
+            or (folder / "metrics.json").exists()
+            or not (folder / "recipe.yaml").is_file()
+            or last_checkpoint(folder)
+        ):
             # Nothing has come of it yet: the next try need not ask to overwrite it.
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    if earlier is not None:
-        shutil.rmtree(earlier.parent)
+    # Also those that a run which was killed would have replaced.
+    for replaced in folder.parent.glob(f"{glob.escape(_earlier(folder))}*"):
+        shutil.rmtree(replaced)
 
 
-def check_run_folder(folder: str | Path, overwrite: bool) -> None:
-    """Raises ValueError if the folder exists and `overwrite` is off, or if it is not one of ours."""
+def _earlier(folder: Path) -> str:
+    return f".{folder.name}.earlier-"
+
+
+def check_run_folder(folder: str | Path, overwrite: bool, resume: bool = False) -> None:
+    """Raises ValueError if the folder exists and neither `overwrite` nor `resume` is on, or if it is not one of ours."""
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
-        if not overwrite:
-            raise ValueError(f"run folder: '{folder}' exists, expected a new one (or --overwrite to replace it).")
-        if not (folder / "recipe.yaml").is_file():
-            raise ValueError(f"run folder: '{folder}' holds no earlier run, and is not replaced even with --overwrite.")
+    # All there is of a run that was killed at its first file.
+    nothing = {"recipe.yaml.tmp"}
+    if not folder.exists() or (folder.is_dir() and {path.name for path in folder.iterdir()} <= nothing):
+        return
+    ours = (folder / "recipe.yaml").is_file()
+    if resume:
+        if not ours:
+            raise ValueError(f"run folder: '{folder}' holds no run, expected one to resume, or a new folder.")
+        return
+    if not overwrite:
+        other = "" if not ours or is_complete(folder) else ", --resume to continue it"
+        raise ValueError(f"run folder: '{folder}' exists, expected a new one (or --overwrite to replace it{other}).")
+    if not ours:
+        raise ValueError(f"run folder: '{folder}' holds no earlier run, and is not replaced even with --overwrite.")
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the run in the folder has come to its end: the report is what is written last."""
+    return (folder / "report.html").is_file()
+
+
+def check_same_recipe(folder: Path, recipe: Recipe) -> None:
+    """Raises ValueError, one sentence with the first difference, if the run in the folder is of another recipe."""
+    try:
+        begun = yaml.safe_load((folder / "recipe.yaml").read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        begun = None
+    difference = _difference(begun, yaml.safe_load(recipe.to_yaml()))
+    if difference is not None:
+        raise ValueError(
+            f"run folder: '{folder}' is of another recipe ({difference}), expected the same one, or a new folder."
+        )
+
+
+def _difference(there: Any, here: Any, where: str = "") -> str | None:
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys = dict.fromkeys([*here, *there])
+        found = (
+            _difference(there.get(key, "nothing"), here.get(key, "nothing"), f"{where}.{key}" if where else str(key))
+            for key in keys
+        )
+        return next(filter(None, found), None)
+    return None if there == here else f"{where or 'recipe'}: {there} there, {here} here"
 
 
 def warm_vision(
@@ -194,11 +319,11 @@ def warm_vision(
     )
 
 
-def train(trainer: Trainer, progress: bool) -> list[dict[str, float]]:
-    """Runs a trainer and returns what it logged."""
+def train(trainer: Trainer, progress: bool, checkpoint: Path | None = None) -> list[dict[str, float]]:
+    """Runs a trainer, from a checkpoint of its own where one is given, and returns what it logged."""
     for callback in () if progress else (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return trainer.state.log_history
 
 
@@ -208,24 +333,35 @@ def fit(
     folder: str | Path,
     *,
     measure: Callable[[AgeVlmForConditionalGeneration, AgeVlmProcessor], dict[str, float]] | None = None,
+    resume: bool = False,
+    previous: Path | None = None,
     progress: bool = True,
 ) -> tuple[AgeVlmForConditionalGeneration, AgeVlmProcessor, list[dict], list[dict]]:
-    """Trains as the recipe says.
+    """Trains as the recipe says. Adapters are stored in the folder and merged into the model.
 
     Args:
         measure: figures of the model in training, taken every `evaluate_every` steps.
+        resume: go on from the last resumable checkpoint in the folder, if there is one.
+        previous: checkpoint of the recipe before this one.
 
     Returns:
         Model, processor, what the trainer logged, what was measured.
     """
+    folder = Path(folder)
     set_seed(recipe.seed)
-    model, processor = build_model(recipe.model, source)
+    model, processor = build_model(recipe.model, source, previous)
     text = model.config.text_config
     recipe.alignment.check(len(model.config.cross_attention_layers), text.num_attention_heads)
     curve = CurveCallback(lambda model: measure(model, processor), recipe.training.evaluate_every) if measure else None
-    with tempfile.TemporaryDirectory(prefix="trainer-", dir=folder) as scratch:
-        warm_vision(recipe, source, model.model.vision_tower, processor.image_processor, scratch, progress)
-        set_trainable(model, recipe.training.train)
+    checkpoint, scratch = last_checkpoint(folder) if resume else None, folder / TRAINER_FOLDER
+    for left in scratch.iterdir() if scratch.is_dir() else ():
+        if left != checkpoint:
+            shutil.rmtree(left, ignore_errors=True)
+    scratch.mkdir(parents=True, exist_ok=True)
+    try:
+        if checkpoint is None:
+            warm_vision(recipe, source, model.model.vision_tower, processor.image_processor, str(scratch), progress)
+        adapted = set_trainable(model, recipe.training)
         trainer = AgeVlmTrainer(
             model,
             training_arguments(recipe.training, recipe.seed, scratch, progress),
@@ -233,11 +369,19 @@ def fit(
             data_collator=AgeVlmCollator(
                 processor,
                 token_grid_size(model, processor),
-                independent_turns=True,
+                independent_turns=recipe.training.independent_turns,
+                max_length=recipe.training.max_length,
                 image_visibility=model.config.image_visibility,
             ),
-            callbacks=[curve] if curve else None,
+            callbacks=[*([curve] if curve else []), ResumableCallback()],
             alignment=recipe.alignment,
+            learning_rates=recipe.training.learning_rates,
         )
-        log = train(trainer, progress)
+        log = train(trainer, progress, checkpoint)
+        if adapted is not None:
+            adapted.save_pretrained(folder / ADAPTER_FOLDER, save_embedding_layers=False)
+            model = adapted.merge_and_unload()
+    finally:
+        if last_checkpoint(folder) is None:
+            shutil.rmtree(scratch, ignore_errors=True)
     return model.eval(), processor, log, curve.points if curve else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from ..data.collator import GROUNDING_KEYS
 from ..evaluation.attention import chosen_heads, picture_attention
 from ..evaluation.metrics import attention_mass, pointing_hit
 from .alignment import AlignmentConfig, alignment_losses
+from .parts import part_of
 
 
 class AgeVlmTrainer(Trainer):
@@ -22,20 +24,54 @@ class AgeVlmTrainer(Trainer):
 
     Args:
         alignment: what is aligned and how; the defaults when left out.
+        learning_rates: peak rates of the parts (see `parts.PARTS`) that differ from `args.learning_rate`; all follow the
+            same schedule.
         Others: as for `Trainer`. The collator is an `AgeVlmCollator`, and `remove_unused_columns` must be off.
 
     Logged besides `loss`: `lm_loss`, `alignment_loss`, `attention_mass` (share of the aligned heads' attention inside
-    the masks) and `pointing_accuracy` (how often their maximum falls on the mask).
+    the masks), `pointing_accuracy` (how often their maximum falls on the mask) and `alignment_weight`.
     """
 
-    def __init__(self, *args, alignment: AlignmentConfig | None = None, **kwargs):
+    def __init__(
+        self,
+        *args,
+        alignment: AlignmentConfig | None = None,
+        learning_rates: Mapping[str, float] | None = None,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
         if self.args.remove_unused_columns:
             raise ValueError("args.remove_unused_columns: got True, expected False: the collator needs every column.")
         self.alignment = alignment if alignment is not None else AlignmentConfig()
+        self.learning_rates = dict(learning_rates or {})
         self._sums: dict[str, torch.Tensor] = {}
         self._summed_steps = 0
         self._groundings_in_step: torch.Tensor | None = None
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        had_one = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if had_one or not self.learning_rates:
+            return optimizer
+        names = {id(p): name for name, p in (self.model if model is None else model).named_parameters()}
+        for group in list(optimizer.param_groups):
+            parts: dict[str | None, list] = {}
+            for parameter in group["params"]:
+                part = part_of(names[id(parameter)])
+                parts.setdefault(part if part in self.learning_rates else None, []).append(parameter)
+            group["params"] = parts.pop(None, [])
+            for part, parameters in parts.items():
+                optimizer.add_param_group({**group, "params": parameters, "lr": self.learning_rates[part]})
+        return optimizer
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # Of tied weights one name is stored: the others are not missing.
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        missing = [key for key in load_result.missing_keys if key not in tied]
+        super()._issue_warnings_after_load(type(load_result)(missing, load_result.unexpected_keys))
+
+    def _alignment_weight(self, step: int) -> float:
+        return self.alignment.weight_at(step, self.state.max_steps)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batch_samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -68,8 +104,9 @@ class AgeVlmTrainer(Trainer):
             # An evaluation batch is on its own: the step's count is of training batches.
             alone = num_items_in_batch is None or not model.training
             aligned = losses.mean() if alone else losses.sum() / self._groundings_per_rank()
-            if self.alignment.weight:
-                loss = loss + self.alignment.weight * aligned.to(loss.dtype)
+            weight = self._alignment_weight(self.state.global_step)
+            if weight:
+                loss = loss + weight * aligned.to(loss.dtype)
             heads = chosen_heads(self.alignment.heads, attention.shape[2])
             watched = attention.detach()[:, :, heads].mean((1, 2))
             terms |= {
@@ -101,7 +138,9 @@ class AgeVlmTrainer(Trainer):
                 sums = self.accelerator.reduce(sums)
                 sums[:2] /= self.accelerator.num_processes
             lm, aligned, groundings, mass, hits = sums.tolist()
-            logs = {**logs, "lm_loss": lm / steps}
+            # The step that was just made has been counted already.
+            weight = self._alignment_weight(max(0, self.state.global_step - 1))
+            logs = {**logs, "lm_loss": lm / steps, "alignment_weight": weight}
             if groundings:
                 logs |= {
                     "alignment_loss": aligned / steps,

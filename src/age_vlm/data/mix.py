@@ -1,0 +1,64 @@
+"""Several data sets as one: how often each comes up follows from its weight, not from its size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from .schema import Sample
+
+
+class Mix(Dataset):
+    """The first `length` samples of a mixture, map-style: an index always gives the same sample, for a given seed.
+
+    In every beginning of the mixture each part has its share, up to a few samples. A part is passed through whole, in
+    random order, before any of its samples comes again.
+
+    Args:
+        parts: map-style data sets.
+        weights: of each part, relative to one another.
+
+    Raises:
+        ValueError: one sentence, for no parts, one without samples, a weight that is not positive, another number of
+            weights, or a length below 1.
+    """
+
+    def __init__(self, parts: Sequence[Dataset], weights: Sequence[float], length: int, seed: int = 0):
+        if not parts or len(parts) != len(weights):
+            raise ValueError(
+                f"weights: got {len(weights)} for {len(parts)} parts, expected one for each of at least one."
+            )
+        if not all(0 < weight < float("inf") for weight in weights):
+            raise ValueError(f"weights: got {list(weights)}, expected positive numbers.")
+        if not all(len(part) for part in parts):
+            raise ValueError("parts: got one without samples, expected at least one sample in each.")
+        if length < 1:
+            raise ValueError(f"length: got {length}, expected at least 1.")
+        self.parts, self.weights, self.length, self.seed = list(parts), list(weights), length, seed
+        shares = np.array(weights, float) / sum(weights)
+        rng = np.random.default_rng([seed, 0])
+        # A part of share s is due once in every 1 / s samples.
+        counts = np.ceil(shares * length).astype(int) + len(parts) + 1
+        due = [(np.arange(count) + rng.random()) / share for count, share in zip(counts, shares)]
+        order = np.argsort(np.concatenate(due), kind="stable")[:length]
+        self._part = np.repeat(np.arange(len(parts)), counts)[order]
+        numbers = [_passes(len(part), count, [seed, 1, k]) for k, (part, count) in enumerate(zip(parts, counts))]
+        self._number = np.concatenate(numbers)[order]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def part(self, index: int) -> int:
+        """Which part the sample of that index is from."""
+        return int(self._part[index])
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.parts[self._part[index]][int(self._number[index])]
+
+
+def _passes(size: int, count: int, seed: Sequence[int]) -> np.ndarray:
+    """`count` numbers below `size`: one shuffled pass after the other."""
+    rng = np.random.default_rng(seed)
+    return np.concatenate([rng.permutation(size) for _ in range(-(-count // size))])[:count]
