@@ -9,7 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, logging
 
 from age_vlm import AgeVlmConfig, AgeVlmForConditionalGeneration, AgeVlmProcessor
 from age_vlm.processing import whole_image_processor
@@ -57,8 +57,12 @@ IMAGE_TOKEN_ID = SPECIAL_TOKENS.index("<|reserved_special_token_0|>")
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _as_if_alone():
+    """Every test starts from one seed, and with what transformers says by default: commands turn it down."""
     torch.manual_seed(0)
+    verbosity = logging.get_verbosity()
+    yield
+    logging.set_verbosity(verbosity)
 
 
 @pytest.fixture(scope="session")
