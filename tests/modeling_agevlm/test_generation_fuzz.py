@@ -12,8 +12,9 @@ alone. A failure prints the seed and what was drawn.
 What is compared are the logits of every step, of the tokens that the batch itself chose: a tie that falls otherwise in another
 order of summation cannot fail a case.
 
-Under transformers 5.16 some cases fail by its own faults, as they do for a plain Llama: chunked prefill of a continued chat, prompt
-lookup from embeddings, reordering of a quantised cache. 5.23 has none of them.
+transformers 5.16 has faults of its own, which a plain Llama shows as well and 5.23 no more: chunked prefill of a continued chat, prompt
+lookup from embeddings, reordering of a quantised cache. There such cases are drawn without them, and prompt lookup without an end of
+sequence, where it may return no token (not traced).
 """
 
 import functools
@@ -23,6 +24,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
+from packaging import version
 from transformers import DynamicCache, QuantizedCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -40,6 +43,7 @@ QUANTIZATION = {"nbits": 8, "axis_key": 1, "axis_value": 1, "q_group_size": 8, "
 # Length of the difference over the length of the expected logits, at the worst of a row's positions.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 QUANTIZED_TOLERANCE = 0.2
+FIRST_TRANSFORMERS = version.parse(transformers.__version__) < version.parse("5.17")
 
 CACHES = ["none", "dynamic", "static"]
 if DEVICE == "cuda":  # transformers offloads from there alone
@@ -83,6 +87,13 @@ def draw(seed: int) -> SimpleNamespace:
         case.mode = "greedy"
     if case.mode == "read" or case.cache == "none" or case.embeddings:
         case.chunk = None
+    if FIRST_TRANSFORMERS:
+        if case.turns == 2:
+            case.chunk = None
+        if case.mode == "prompt lookup":
+            case.embeddings = case.ends = False
+        if case.mode in ("read", "beams") and case.cache == "quantized":
+            case.cache = "dynamic"
 
     phrase = [generator.randrange(7, VOCABULARY) for _ in range(3)]  # prompt lookup finds what was said before
     last_turn_has_pictures = case.chunk is None or generator.random() < 0.3

@@ -95,7 +95,7 @@ def image_cache_layer(cache: Cache, layer_idx: int) -> ImageCacheLayerMixin:
             _LAYER_CLASSES[base] = type(name, (ImageCacheLayerMixin, base), {"__module__": __name__})
             globals()[name] = _LAYER_CLASSES[base]
         layer.__class__ = _LAYER_CLASSES[base]
-    return layer
+    return _fetched(cache, layer)
 
 
 def cached_images(cache: Cache | None, layer_idx: int) -> ImageCacheLayerMixin | None:
@@ -103,4 +103,11 @@ def cached_images(cache: Cache | None, layer_idx: int) -> ImageCacheLayerMixin |
     if cache is None or len(cache.layers) <= layer_idx:
         return None
     layer = cache.layers[layer_idx]
-    return layer if getattr(layer, "image_keys", None) is not None else None
+    return _fetched(cache, layer) if getattr(layer, "image_keys", None) is not None else None
+
+
+def _fetched(cache: Cache, layer: ImageCacheLayerMixin) -> ImageCacheLayerMixin:
+    """An offloading cache waits in its `update` for what it fetches ahead, but pictures are read before that."""
+    if getattr(cache, "offloading", False) and layer.image_keys is not None:
+        torch.cuda.default_stream(layer.device).wait_stream(cache.prefetch_stream)
+    return layer

@@ -70,6 +70,21 @@ class AgeVlmConfig(PreTrainedConfig):
     model_type = "age_vlm"
     sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
     keys_to_ignore_at_inference = ["past_key_values"]
+    # Beside that of the language model. The norms see the heads of their own process alone, as Qwen3's do.
+    base_model_tp_plan = {
+        f"language_model.layers.*.cross_attention.{name}": style
+        for name, style in {
+            "attn.q_proj": "colwise",
+            "attn.k_proj": "colwise",
+            "attn.v_proj": "colwise",
+            "attn.q_norm": "replicated_with_grad_allreduce",
+            "attn.k_norm": "replicated_with_grad_allreduce",
+            "attn.o_proj": "rowwise",
+            "mlp.gate_proj": "colwise",
+            "mlp.up_proj": "colwise",
+            "mlp.down_proj": "rowwise",
+        }.items()
+    }
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None
@@ -101,7 +116,7 @@ class AgeVlmConfig(PreTrainedConfig):
             self.initializer_range = self.text_config.initializer_range
         self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
         super().__post_init__(**kwargs)
-        if unknown := unknown_option(kwargs):
+        for unknown in _unknown_options(kwargs):
             logger.warning(unknown)
 
     def validate_architecture(self):
@@ -200,8 +215,11 @@ def _sub_config(name, value, default):
         model_type = value.pop("model_type", default["model_type"])
         if model_type not in CONFIG_MAPPING:
             raise ValueError(f"{name}: model_type is '{model_type}', expected one that transformers knows.")
+        config_class = CONFIG_MAPPING[model_type]
+        for unknown in _misspelt_options(value, config_class):
+            logger.warning(f"{name}.{unknown}")
         try:
-            value = CONFIG_MAPPING[model_type](**value)
+            value = config_class(**value)
         except StrictDataclassError as error:
             raise ValueError(f"{name}: {_sentence(error)}") from error
     return value
@@ -214,13 +232,29 @@ def _sentence(error: StrictDataclassError) -> str:
 
 def unknown_option(options) -> str | None:
     """One sentence about the first of `options` that no configuration of transformers or AGE-VLM knows, if there is one."""
-    known = {field.name for field in fields(AgeVlmConfig)} | set(PreTrainedConfig().to_dict()) | _TRANSFORMERS_OPTIONS
+    return next(_unknown_options(options), None)
+
+
+def _unknown_options(options):
+    names = [field.name for field in fields(AgeVlmConfig)]
+    known = {*names, *PreTrainedConfig().to_dict(), *_TRANSFORMERS_OPTIONS}
     for name in options:
-        if name in known or name.startswith("_"):
-            continue
-        nearest = get_close_matches(name, [field.name for field in fields(AgeVlmConfig)], n=1, cutoff=0.0)[0]
-        return f"{name}: unknown option of AgeVlmConfig (nearest: '{nearest}')."
-    return None
+        if name not in known and not name.startswith("_"):
+            yield _unknown(name, AgeVlmConfig, get_close_matches(name, names, n=1, cutoff=0.0)[0])
+
+
+def _misspelt_options(options, config_class):
+    # Pretrained parts bring keys that no class declares: only what is nearly the name of a field is taken for a mistake.
+    names = [field.name for field in fields(config_class)]
+    known = {*dir(config_class), *config_class.attribute_map, *PreTrainedConfig().to_dict(), *_TRANSFORMERS_OPTIONS}
+    for name in options:
+        nearest = get_close_matches(name, names, n=1, cutoff=0.85)
+        if nearest and name not in known and not name.startswith("_"):
+            yield _unknown(name, config_class, nearest[0])
+
+
+def _unknown(name, config_class, nearest) -> str:
+    return f"{name}: unknown option of {config_class.__name__} (nearest: '{nearest}')."
 
 
 # What transformers itself passes to, or stores in, a configuration without declaring it.

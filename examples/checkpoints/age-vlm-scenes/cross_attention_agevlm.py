@@ -118,7 +118,12 @@ def image_attention_implementation(config: LlamaConfig) -> str:
 
 
 def image_attention_maps(
-    rows: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, visible: torch.Tensor, scaling: float
+    rows: torch.Tensor,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    visible: torch.Tensor,
+    scaling: float,
+    repeats: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of the named text rows only, so that the layer itself can run any backend.
 
@@ -127,6 +132,7 @@ def image_attention_maps(
         queries: (batch, heads, length, head_dim).
         keys: (batch, key-value heads, image tokens, head_dim).
         visible: (batch, length, image tokens) bool.
+        repeats: see [`VisibleImages`].
 
     Returns:
         (maps, heads, image tokens), float32; zeros for a row that sees no picture.
@@ -135,6 +141,8 @@ def image_attention_maps(
     visible = visible[batch_index, position][:, None, None]
     queries = queries[batch_index, :, position].unflatten(1, (keys.shape[1], -1))
     scores = queries.float() @ keys[batch_index].float().transpose(-1, -2) * scaling
+    if repeats is not None:
+        scores = scores + repeats[batch_index, position][:, None, None]
     scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
     return (scores.softmax(-1) * visible).flatten(1, 2)
 
@@ -171,7 +179,8 @@ class AgeVlmCrossAttentionBlock(nn.Module):
         hidden_states = hidden_states + torch.where(images.any_visible, self.mlp_gate(output), nothing)
         if images.rows is None:
             return hidden_states, None
-        return hidden_states, image_attention_maps(images.rows, queries, keys, images.visible, self.attn.scaling)
+        maps = image_attention_maps(images.rows, queries, keys, images.visible, self.attn.scaling, images.repeats)
+        return hidden_states, maps
 
 
 @dataclass
@@ -185,6 +194,8 @@ class VisibleImages:
             so that no softmax runs over an empty set.
         positions: (batch, new image tokens), to be cached with the new keys.
         rows: (maps, 2) the text rows whose maps are wanted.
+        repeats: (batch, length, image tokens) logarithm of how often a text row sees the picture, where image tokens that
+            it sees may share one: the attention is that to as many copies.
     """
 
     visible: torch.Tensor
@@ -192,6 +203,7 @@ class VisibleImages:
     mask: torch.Tensor
     positions: torch.Tensor | None = None
     rows: torch.Tensor | None = None
+    repeats: torch.Tensor | None = None
 
 
 class AgeVlmDecoderLayer(LlamaDecoderLayer):
@@ -327,7 +339,7 @@ class AgeVlmTextModel(LlamaModel):
         cached = cached_images(past_key_values, self.cross_attention_layers[0])
         if placed is None and cached is None:
             return None, None
-        new_positions = None
+        new_positions = repeats = None
         if placed is None:
             visible = visible_places(cached.image_positions.to(queries.device), queries, self.image_visibility)
         else:
@@ -335,7 +347,10 @@ class AgeVlmTextModel(LlamaModel):
             if past_key_values is None:
                 visible = visible_places(placed.positions, queries, self.image_visibility, starts)
                 if placed.slots is not None:
-                    visible = places_to_slots(visible, placed.slots, placed.index.shape[1])
+                    times = places_to_slots(visible, placed.slots, placed.index.shape[1])
+                    visible = times > 0
+                    if self.image_visibility != "latest":
+                        repeats = times.clamp(min=1).log().repeat_interleave(tokens, dim=-1)
                 visible = visible.repeat_interleave(tokens, dim=-1)
             else:
                 placed = placed.unshared()
@@ -348,11 +363,10 @@ class AgeVlmTextModel(LlamaModel):
 
         any_visible = visible.any(-1, keepdim=True)
         mask = (visible | ~any_visible)[:, None]
-        if image_attention_implementation(self.config) != "sdpa":
-            mask = torch.zeros_like(mask, dtype=inputs_embeds.dtype).masked_fill(
-                ~mask, torch.finfo(inputs_embeds.dtype).min
-            )
-        return image_states, VisibleImages(visible, any_visible, mask, new_positions)
+        if image_attention_implementation(self.config) != "sdpa" or repeats is not None:
+            bias = torch.zeros_like(mask, dtype=inputs_embeds.dtype) if repeats is None else repeats[:, None]
+            mask = bias.to(inputs_embeds.dtype).masked_fill(~mask, torch.finfo(inputs_embeds.dtype).min)
+        return image_states, VisibleImages(visible, any_visible, mask, new_positions, repeats=repeats)
 
 
 def nothing_placed(batch: int, device: torch.device) -> PlacedImages:

@@ -100,6 +100,6 @@ def visible_places(
 
 
 def places_to_slots(visible: torch.Tensor, slots: torch.Tensor, num_slots: int) -> torch.Tensor:
-    """(batch, length, places) -> (batch, length, num_slots), where several image tokens refer to one picture."""
+    """(batch, length, places) -> (batch, length, num_slots): how many of the image tokens seen refer to each picture."""
     refers = slots[:, :, None] == torch.arange(num_slots, device=slots.device)
-    return (visible[:, :, :, None] & refers[:, None]).any(2)
+    return (visible[:, :, :, None] & refers[:, None]).sum(2)

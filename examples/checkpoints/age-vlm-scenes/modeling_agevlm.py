@@ -21,6 +21,7 @@ from .vision_agevlm import (
     image_shape,
     position_encoding_2d,
     token_grid,
+    vision_encoder,
     vision_width,
 )
 
@@ -62,7 +63,7 @@ class AgeVlmPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["LlamaDecoderLayer", "AgeVlmDecoderLayer", "TimmWrapperModel"]
+    _no_split_modules = ["LlamaDecoderLayer", "AgeVlmDecoderLayer", "AgeVlmTimmWrapperModel"]
     _skip_keys_device_placement = ["past_key_values"]
     _keep_in_fp32_modules = ["attn_gate", "mlp_gate"]
     _supports_flash_attn = True
@@ -79,13 +80,33 @@ class AgeVlmPreTrainedModel(PreTrainedModel):
         elif isinstance(module, AgeVlmProjection):
             init.normal_(module.weight, std=module.in_features**-0.5)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
+        """As `PreTrainedModel.from_pretrained`, which logs what a checkpoint lacks and starts it at random: here it is an error.
+
+        Raises:
+            ValueError: one sentence, where weights are missing; with `output_loading_info=True` they are listed instead.
+        """
+        model, report = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        if output_loading_info:
+            return model, report
+        # Without a name the weights are the caller's own `state_dict`.
+        if pretrained_model_name_or_path is not None and (missing := sorted(report["missing_keys"])):
+            raise ValueError(
+                f"weights: '{pretrained_model_name_or_path}' lacks {len(missing)} of {cls.__name__}, first "
+                f"{', '.join(missing[:3])}; expected all of them (output_loading_info=True starts them at random)."
+            )
+        return model
+
 
 class AgeVlmModel(AgeVlmPreTrainedModel):
     """Vision encoder, projector and language model, without a language modelling head."""
 
     def __init__(self, config: AgeVlmConfig):
         super().__init__(config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower = vision_encoder(config.vision_config)
         drop_unused_head(self.vision_tower)
         self.multi_modal_projector = AgeVlmMultiModalProjector(
             vision_width(self.vision_tower, config.vision_config), config.text_config.hidden_size
@@ -323,12 +344,16 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
         )
         if is_first_iteration or not kwargs.get("use_cache", True):
             # A continued chat brings all its pictures again: those whose tokens are in the cache are there already.
-            new_ids = model_inputs.get("input_ids")
             keep = None
-            if new_ids is not None and new_ids.shape[1] < input_ids.shape[1]:
-                is_image = input_ids == self.config.image_token_id
+            if model_inputs.get("inputs_embeds") is not None:
+                is_image = self.model.image_token_mask(None, inputs_embeds)
+                new_length = model_inputs["inputs_embeds"].shape[1]
+            else:
+                is_image = self.model.image_token_mask(input_ids, None)
+                new_length = model_inputs["input_ids"].shape[1]
+            if new_length < is_image.shape[1]:
                 is_new = torch.zeros_like(is_image)
-                is_new[:, -new_ids.shape[1] :] = True
+                is_new[:, -new_length:] = True
                 keep = is_new[is_image]
             if pixel_values is not None:
                 if keep is not None and len(keep) == len(pixel_values):
@@ -353,6 +378,15 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
             )
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
+    def _get_candidate_generator(self, *args, model_kwargs, **kwargs):
+        cached = model_kwargs["past_key_values"].get_seq_length()
+        if cached > 0:
+            raise ValueError(
+                f"past_key_values: got a cache of {cached} tokens for assisted decoding, expected an empty one: "
+                "transformers (5.23) would read them a second time."
+            )
+        return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
+
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids=None, **model_kwargs
     ):
@@ -361,16 +395,22 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
         encoded = (model_kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
         images = pixel_values if pixel_values is not None else encoded.pooler_output if encoded is not None else None
         if images is not None:
-            if image_indices is not None:
-                # Each beam has its own pictures: shared ones become copies.
-                images = images[image_indices]
-            # Pictures are listed without a batch dimension: each row's group is repeated as a whole, not each picture.
-            if expand_size > 1:
+            if image_indices is not None or expand_size > 1:
                 has_ids = input_ids is not None and input_ids.numel() > 0
                 mask = self.model.image_token_mask(
                     input_ids if has_ids else None, None if has_ids else model_kwargs["inputs_embeds"]
                 )
+                given = images if image_indices is None else image_indices
+                if len(given) < mask.sum() and model_kwargs.get("past_key_values") is not None:
+                    # A continued chat may bring its new pictures alone.
+                    mask = mask[:, int(model_kwargs["past_key_values"].get_seq_length()) :]
                 counts = mask.sum(-1).tolist()
+                _check_image_count(sum(counts), len(images), image_indices)
+            if image_indices is not None:
+                # Each beam has its own pictures: shared ones become copies.
+                images = images[image_indices]
+            if expand_size > 1:
+                # Pictures are listed without a batch dimension: each row's group is repeated as a whole, not each picture.
                 groups = torch.arange(sum(counts), device=images.device).split(counts)
                 images = images[torch.cat([group.repeat(expand_size) for group in groups])]
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
@@ -415,13 +455,17 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
             raise ValueError(f"text: '{text}' is a '{text_config.model_type}' model, expected a Llama.")
         if image_token_id is None:
             image_token_id = _image_token_id(text, text_config)
-        language_model = load_part("text", text, LlamaForCausalLM, dtype=dtype)
+        language_model, text_report = load_part("text", text, LlamaForCausalLM, dtype=dtype, output_loading_info=True)
         dtype = language_model.dtype
         if vision_config.model_type == "timm_wrapper" and vision_config.model_args:
             # timm writes it into the arguments as well, where transformers would pass it twice.
             vision_config.model_args.pop("num_classes", None)
-        vision_tower = load_part("vision", vision, AutoModel, dtype=dtype, config=whole_vision_config)
+        vision_tower, vision_report = load_part(
+            "vision", vision, AutoModel, dtype=dtype, config=whole_vision_config, output_loading_info=True
+        )
         vision_tower = getattr(vision_tower, "vision_model", vision_tower)
+        # Of a model with a text part too, only the whole knows it; the model card names what a model was built from.
+        vision_tower.config.name_or_path = str(vision)
         config = cls.config_class(
             text_config=text_config,
             vision_config=vision_tower.config,
@@ -431,7 +475,11 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
         # Not `.to(dtype)`: the rotary frequencies stay in float32, as in the language model.
         model = cls._from_config(config, dtype=dtype)
         drop_unused_head(vision_tower)
+        # A pooler for example may be missing: it is dropped.
+        vision_missing = {name.removeprefix("vision_model.") for name in vision_report["missing_keys"]}
         missing = [
+            *sorted(text_report["missing_keys"]),
+            *sorted(vision_missing & vision_tower.state_dict().keys()),
             *model.model.vision_tower.load_state_dict(vision_tower.state_dict(), strict=False).missing_keys,
             *model.model.language_model.load_state_dict(language_model.model.state_dict(), strict=False).missing_keys,
             *model.lm_head.load_state_dict(language_model.lm_head.state_dict(), strict=False).missing_keys,
@@ -503,9 +551,10 @@ def _check_image_count(tokens: int, images: int, image_indices: torch.Tensor | N
 
 def _check_cache(past_key_values: Cache | None, batch: int) -> None:
     for layer in past_key_values.layers if past_key_values is not None else ():
-        keys = getattr(layer, "keys", None)
-        if isinstance(keys, torch.Tensor) and keys.ndim == 4 and keys.shape[0] != batch:
-            raise ValueError(f"past_key_values: got a cache of {keys.shape[0]} rows, expected {batch}.")
+        # A quantised layer may hold its text elsewhere.
+        for states in (getattr(layer, "keys", None), getattr(layer, "image_keys", None)):
+            if isinstance(states, torch.Tensor) and states.ndim == 4 and states.shape[0] != batch:
+                raise ValueError(f"past_key_values: got a cache of {states.shape[0]} rows, expected {batch}.")
 
 
 def _check_rows(rows: torch.Tensor | None, batch: int, length: int) -> None:

@@ -4,7 +4,31 @@ import math
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, TimmWrapperModel
+
+
+class AgeVlmTimmWrapperModel(TimmWrapperModel):
+    """`TimmWrapperModel` that also runs where accelerate keeps its weights on disk or in CPU memory."""
+
+    _no_split_modules = ["AgeVlmTimmWrapperModel"]
+
+    @property
+    def device(self) -> torch.device:
+        # Pictures are moved to it: of weights that are kept elsewhere it is `meta`, while the hook that fetches them knows
+        # where they will run (as for Bark in transformers).
+        device = super().device
+        if device.type == "meta":
+            hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
+            places = (getattr(hook, "execution_device", None) for hook in hooks)
+            device = next((torch.device(place) for place in places if place is not None), device)
+        return device
+
+
+def vision_encoder(config: PreTrainedConfig) -> PreTrainedModel:
+    """The encoder of that configuration with random weights."""
+    if config.model_type == "timm_wrapper":
+        return AgeVlmTimmWrapperModel._from_config(config)
+    return AutoModel.from_config(config)
 
 
 def vision_width(vision_tower: nn.Module, config: PreTrainedConfig) -> int:
