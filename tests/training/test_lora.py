@@ -10,6 +10,8 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging import version
 from peft import AutoPeftModel, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
@@ -34,6 +36,11 @@ CLIP = {
     "image_size": 32,
     "patch_size": 8,
 }
+# A model whose gates were random would be worse than the one sentence that says so.
+loads_modules_to_save = pytest.mark.skipif(
+    version.parse(transformers.__version__) < version.parse("5.17"),
+    reason="transformers 5.16 itself leaves what an adapter has in modules_to_save at random",
+)
 EVERY_KIND = [(target, dora) for target in LORA_TARGETS for dora in (False, True)]
 
 
@@ -190,6 +197,7 @@ def test_adapters_come_back_and_merge_into_a_whole_checkpoint(
     assert torch.equal(whole(**batch).logits, merged(**batch).logits)
 
 
+@loads_modules_to_save
 @torch.no_grad()
 def test_transformers_loads_lora_adapters_itself(adapted, base, make_batch, tmp_path):
     batch = make_batch((2, 0, 1))
@@ -218,6 +226,7 @@ def test_transformers_loads_a_dora_adapter_right_or_not_at_all(adapted, make_bat
         assert torch.equal(loaded(**batch).logits, model(**batch).logits)
 
 
+@loads_modules_to_save
 @torch.no_grad()
 def test_adapters_lie_beside_a_whole_checkpoint(adapted, base, make_batch, tmp_path):
     batch = make_batch((1, 2))
