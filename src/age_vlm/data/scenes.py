@@ -26,15 +26,15 @@ SIZES = ("small", "large")
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (222, 36, 36),
     "green": (38, 168, 56),
-    "blue": (44, 74, 226),
+    "blue": (40, 100, 255),
     "yellow": (240, 216, 44),
-    "purple": (156, 48, 188),
+    "purple": (190, 50, 200),
     "cyan": (64, 212, 224),
 }
 
 # Radius as a share of the picture's side. Stars and triangles get more, so that all shapes cover similar areas.
-_RADIUS = {"small": 0.105, "large": 0.175}
-_STRETCH = {"circle": 0.95, "square": 0.86, "triangle": 1.2, "star": 1.28, "cross": 1.05, "ring": 1.08}
+_RADIUS = {"small": 0.12, "large": 0.18}
+_STRETCH = {"circle": 0.95, "square": 0.86, "triangle": 1.2, "star": 1.3, "cross": 1.05, "ring": 1.08}
 
 # Separate random streams of one (seed, split, index): the text of a scene may change without its pixels.
 PIXELS, TEXT, QUESTIONS, ICONS = range(4)
@@ -50,11 +50,12 @@ def _polygon(corners: int, *radii: float) -> list[tuple[float, float]]:
     return [(radius * math.cos(angle), radius * math.sin(angle)) for radius, angle in around]
 
 
-_ARM = 0.34
+# Thin arms and sharp points: small crosses, stars and triangles are to be told apart at a glance.
+_ARM = 0.28
 _CORNERS: dict[str, list[tuple[float, float]]] = {
     "square": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
     "triangle": _polygon(3, 1.0, 1.0),
-    "star": _polygon(10, 1.0, 0.45),
+    "star": _polygon(10, 1.0, 0.4),
     "cross": [
         *[(-_ARM, -1), (_ARM, -1), (_ARM, -_ARM), (1, -_ARM), (1, _ARM), (_ARM, _ARM)],
         *[(_ARM, 1), (-_ARM, 1), (-_ARM, _ARM), (-1, _ARM), (-1, -_ARM), (-_ARM, -_ARM)],
@@ -94,7 +95,7 @@ class SceneConfig:
     zipf_exponent: float = 0.5
     partner_pairs: int = 6
     partner_probability: float = 0.8
-    min_visible: float = 0.7
+    min_visible: float = 0.8
     min_pixels: int = 20
     noise: float = 9.0
     bias_seed: int = 0
