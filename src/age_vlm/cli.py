@@ -137,12 +137,12 @@ def _pipeline(options: argparse.Namespace) -> None:
 
 
 def _ground(options: argparse.Namespace) -> None:
+    from .data.stored import load_stored
     from .grounding import load_teacher
     from .grounding.run import GroundSettings, ground
-    from .grounding.samples import load_data
 
     settings = GroundSettings(options.min_score, options.min_area, options.max_area, options.shard_size)
-    data = load_data(options.data, options.split)
+    data = load_stored(options.data, options.split)
     teacher = load_teacher(options.teacher, options.model, dtype=options.dtype, device=options.device)
     summary = ground(data, options.output, teacher, settings, batch_size=options.batch_size)
     if summary is None:

@@ -153,16 +153,14 @@ def test_a_stored_data_set_is_the_same_in_every_form(stored, form):
 @pytest.mark.parametrize(
     "form, split, words",
     [
-        ("empty", "train", "neither parquet files nor what `save_to_disk` writes"),
-        ("lacking", "train", "it lacks the columns groundings of the schema"),
-        ("splits", "dev", "it has the splits train, test, and not 'dev'"),
-        ("none/of/these", "train", ""),
+        ("empty", "train", "^data.path: '.*empty' .a folder. cannot be loaded as a data set: "),
+        ("lacking", "train", "^data.path: '.*lacking' lacks the columns groundings of the schema"),
+        ("splits", "dev", "^split: got 'dev', expected one that '.*splits' has: train, test"),
+        ("none/of/these", "train", "^data.path: '.*these' .a Hub id, and no folder here. cannot be loaded"),
     ],
 )
 def test_what_is_no_data_set_is_one_sentence(stored, form, split, words):
-    with pytest.raises(
-        ValueError, match=f"^data.path: '.*{form}' could not be loaded as a data set: .*{words}"
-    ) as caught:
+    with pytest.raises(ValueError, match=words) as caught:
         open_dataset(str(stored / form), split)
     assert "\n" not in str(caught.value)
 

@@ -1,6 +1,5 @@
 import io
 
-import datasets
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,7 +8,7 @@ from age_vlm.data.left_out import Unusable
 from age_vlm.data.masks import encode_mask
 from age_vlm.data.scene_datasets import ScenesDataset, to_dataset
 from age_vlm.data.schema import FEATURES, message_text
-from age_vlm.grounding.samples import Source, load_data, make_unit
+from age_vlm.grounding.samples import Source, make_unit
 
 
 def jpeg(width=40, height=24, orientation=None):
@@ -80,35 +79,6 @@ def test_a_stream_of_datasets():
 def test_data_that_cannot_be_read(data, words):
     with pytest.raises(ValueError, match=words):
         Source(data)
-
-
-# load_data
-
-
-def test_every_kind_of_folder(tmp_path):
-    data = to_dataset("train", 3)
-    data.save_to_disk(tmp_path / "one")
-    datasets.DatasetDict(train=data, test=data.select([0])).save_to_disk(tmp_path / "parts")
-    (tmp_path / "parquet").mkdir()
-    data.to_parquet(tmp_path / "parquet" / "train.parquet")
-    for name in ("one", "parts", "parquet"):
-        loaded = load_data(str(tmp_path / name))
-        assert loaded.num_rows == 3 and loaded.features == data.features
-    assert load_data(str(tmp_path / "parts"), "test").num_rows == 1
-    assert Source(load_data(str(tmp_path / "one"))).fingerprint == Source(load_data(str(tmp_path / "one"))).fingerprint
-
-
-def test_folders_without_data(tmp_path):
-    data = to_dataset("train", 1)
-    datasets.DatasetDict(train=data).save_to_disk(tmp_path / "parts")
-    (tmp_path / "empty").mkdir()
-    for name, split, words in (
-        ("parts", "val", "split: got 'val', expected one that '.*parts' has: train"),
-        ("empty", "train", "data: '.*empty' .a folder. cannot be loaded as a data set"),
-        ("nowhere", "train", "data: '.*nowhere' .a Hub id, and no folder here. cannot be loaded"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            load_data(str(tmp_path / name), split)
 
 
 # make_unit

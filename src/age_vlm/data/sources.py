@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from .mix import Mix
 from .questions import EvaluationItem, Question
 from .schema import FEATURES, Message, Sample, message_text
+from .stored import load_stored
 
 
 if TYPE_CHECKING:
@@ -193,37 +194,18 @@ def _dataset(recipe: DataRecipe, seed: int, evaluation: bool) -> DataSource:
 
 
 def open_dataset(path: str, split: str = "train") -> datasets.Dataset:
-    """A data set of the schema: a folder of `save_to_disk`, another folder with parquet files, or a name on the Hub.
+    """A data set of the schema, see `load_stored`.
 
     Raises:
         ValueError: one sentence, where there is none, or one without the columns of the schema.
     """
-    import datasets
-
-    folder = Path(path)
-    try:
-        if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-            samples = datasets.load_from_disk(path)
-        elif folder.is_dir():
-            files = sorted(str(file) for file in folder.rglob("*.parquet"))
-            if not files:
-                raise ValueError("the folder has neither parquet files nor what `save_to_disk` writes")
-            samples = datasets.load_dataset("parquet", data_files=files, split="train")
-        else:
-            samples = datasets.load_dataset(path, split=split)
-        if isinstance(samples, datasets.DatasetDict):
-            if split not in samples:
-                raise ValueError(f"it has the splits {', '.join(samples)}, and not '{split}'")
-            samples = samples[split]
-        missing = [column for column in FEATURES if column not in samples.column_names]
-        if missing:
-            raise ValueError(f"it lacks the columns {', '.join(missing)} of the schema")
-        if samples.features["images"] != FEATURES["images"]:
-            # Written by other tools, pictures are bytes without a type.
-            samples = samples.cast_column("images", FEATURES["images"])
-    except (OSError, ValueError, KeyError, TypeError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
-        raise ValueError(f"data.path: '{path}' could not be loaded as a data set: {reason}.") from error
+    samples = load_stored(path, split, "data.path")
+    missing = [column for column in FEATURES if column not in samples.column_names]
+    if missing:
+        raise ValueError(f"data.path: '{path}' lacks the columns {', '.join(missing)} of the schema.")
+    if samples.features["images"] != FEATURES["images"]:
+        # Written by other tools, pictures are bytes without a type.
+        samples = samples.cast_column("images", FEATURES["images"])
     return samples
 
 

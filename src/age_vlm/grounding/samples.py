@@ -7,7 +7,6 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
@@ -159,29 +158,6 @@ def _digest(row: Row) -> bytes:
         else:
             digest.update(stored.get("bytes") or str(stored.get("path")).encode())
     return digest.digest()
-
-
-def load_data(name: str, split: str = "train") -> datasets.Dataset:
-    """A data set from a folder of `save_to_disk`, another folder that `datasets` can load, or the Hub.
-
-    Raises:
-        ValueError: one sentence, where there is none, or not that split.
-    """
-    folder = Path(name)
-    try:
-        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-            data = datasets.load_from_disk(name)
-        else:
-            data = datasets.load_dataset(name, split=split)
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
-        kind = "folder" if folder.exists() else "Hub id, and no folder here"
-        raise ValueError(f"data: '{name}' (a {kind}) cannot be loaded as a data set: {reason}.") from error
-    if isinstance(data, datasets.DatasetDict):
-        if split not in data:
-            raise ValueError(f"split: got '{split}', expected one that '{name}' has: {', '.join(data)}.")
-        data = data[split]
-    return data
 
 
 def make_unit(row: Row, name: str) -> Unit:
