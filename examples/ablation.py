@@ -20,7 +20,7 @@ from transformers import Trainer, logging, set_seed
 
 from age_vlm.data.collator import token_grid_size
 from age_vlm.data.questions import EvaluationItem
-from age_vlm.data.sources import load_source
+from age_vlm.data.sources import DataSource, load_source
 from age_vlm.evaluation.answers import yes_scores
 from age_vlm.evaluation.attention import chosen_heads
 from age_vlm.evaluation.benchmark import split_items
@@ -43,19 +43,20 @@ def arm_recipe(recipe: Recipe, arm: str, seed: int) -> Recipe:
     return recipe
 
 
-def run_arm(recipe: Recipe, arm: str, *, curve_on: str, figures) -> dict:
+def run_arm(recipe: Recipe, arm: str, *, curve_on: str, figures, source: DataSource | None = None) -> dict:
     """Trains one arm and measures it.
 
     Args:
         recipe: of this arm, see `arm_recipe`.
         curve_on: part of the data, `validation` or `test`, on which the curve against steps is taken.
         figures: (model, processor, items) -> figures of the answers.
+        source: data instead of what the recipe says.
 
     Returns:
         Figures on validation and test, the curve, the number of parameters.
     """
     logging.set_verbosity_error()
-    source = load_source(recipe.data, recipe.seed)
+    source = source or load_source(recipe.data, recipe.seed)
     with tempfile.TemporaryDirectory() as folder:
         if arm == "concatenation":
             model, processor, curve = _fit_concatenation(recipe, source, folder, getattr(source, curve_on))
