@@ -20,9 +20,9 @@ INSTALL_REQUIRES = [
     "timm>=1.0.21,<2",  # first release whose ConvNeXt can be built on the meta device
     "datasets>=4.0,<6",  # `List` features
     "accelerate>=1.10,<2",  # required by transformers.Trainer 5
-    "safetensors>=0.5,<1",  # sharded, atomic weight files
+    "safetensors>=0.8,<1",  # sharded, atomic weight files; required by transformers 5.16
     "huggingface-hub>=1.5,<3",  # required by transformers 5
-    "peft>=0.18,<1",  # LoRA; first release for transformers 5
+    "peft>=0.20,<1",  # LoRA; first release whose AutoPeftModel takes `import_allowlist`, for classes outside transformers
     "pillow>=10.1,<15",  # ImageOps.exif_transpose(in_place) and modern resampling names
     "pycocotools>=2.0.8,<3",  # wheels for NumPy 2
     "torchmetrics>=1.5,<2",  # AUROC as the field computes it
@@ -31,7 +31,7 @@ INSTALL_REQUIRES = [
     "rich>=13,<16",  # tables on the terminal
     "pyyaml>=6,<7",  # recipes
     "numpy>=2,<3",  # masks and drawing; pyarrow's wheels, which datasets needs, are for NumPy 2
-    "tokenizers>=0.22,<1",  # the word-level tokenizer of models from scratch
+    "tokenizers>=0.23.1,<1",  # the word-level tokenizer of models from scratch; required by transformers 5.16
     "tqdm>=4.66,<5",  # progress bars
 ]
 
@@ -39,7 +39,8 @@ EXTRAS_REQUIRE = {
     # the `sam2` package of Meta builds from source against the installed torch
     "sam2": ["sam2>=1.1"],
     # hqq quantises caches on a CPU, where optimum-quanto first compiles C++ for over a minute
-    "test": ["pytest>=8", "hypothesis>=6.100", "pytest-timeout>=2.3", "hqq>=0.2.8,<1"],
+    # tensorboard to read back what was logged
+    "test": ["pytest>=8", "hypothesis>=6.100", "pytest-timeout>=2.3", "hqq>=0.2.8,<1", "tensorboard>=2.18,<3"],
     "dev": ["ruff>=0.14,<1", "pre-commit>=4", "build>=1.2", "nox[uv]>=2025.2"],
 }
 EXTRAS_REQUIRE["dev"] += EXTRAS_REQUIRE["test"]

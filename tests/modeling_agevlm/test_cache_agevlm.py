@@ -371,6 +371,7 @@ def test_chunked_prefill_is_refused_with_pictures_and_right_without(model, make_
     assert torch.equal(generated(model, batch, prefill_chunk_size=4), generated(model, batch))
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 7), reason="torch 2.6 cannot trace what transformers wraps models in")
 def test_decoding_compiles_once_without_a_break(make_model, reference):
     batch, expected = reference
     torch._dynamo.reset()

@@ -1,13 +1,15 @@
 """Forward passes: what stays the language model's, who sees which picture, maps, gradients, loss, bad input."""
 
 import copy
+import inspect
+import re
 
 import pytest
 import torch
 from transformers import DynamicCache, LlamaForCausalLM, QuantizedCache, StaticCache
 from transformers.utils import is_hqq_available
 
-from age_vlm import AgeVlmForConditionalGeneration
+from age_vlm import AgeVlmConfig, AgeVlmForConditionalGeneration, AgeVlmModel
 from age_vlm.modeling_agevlm.modeling_agevlm import logger
 
 
@@ -414,6 +416,29 @@ def test_gates_start_where_the_configuration_says(make_model):
         model = make_model(cross_attention_gate_init=start)
         gates = [p for name, p in model.named_parameters() if "_gate." in name and "cross_attention" in name]
         assert len(gates) == 4 and all((gate == start).all() for gate in gates)
+
+
+CLIP = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"vision_config": {"model_type": "clip_vision_model", "patch_size": 8, **CLIP}}]
+)
+def test_weights_that_are_not_given_start_as_in_a_new_model(make_model, make_config, changes):
+    new = make_model(**changes)
+    empty = AgeVlmForConditionalGeneration.from_pretrained(None, config=make_config(**changes), state_dict={})
+    for (name, expected), value in zip(new.named_parameters(), empty.parameters(), strict=True):
+        if "timm_model" not in name:  # timm starts its own
+            assert abs(value.norm() - expected.norm()) <= 0.25 * expected.norm(), name
+
+
+@pytest.mark.parametrize("model_class", [AgeVlmModel, AgeVlmForConditionalGeneration])
+def test_the_common_tests_of_transformers_leave_nothing_out(model_class):
+    """They skip what a signature does not name, and the start of weights in files without a year."""
+    keywords = inspect.signature(model_class.forward).parameters["kwargs"].annotation.__args__[0]
+    assert "output_attentions" in keywords.__annotations__
+    source = open(inspect.getfile(AgeVlmConfig), encoding="utf-8").read()
+    assert int(re.search(r"^# Copyright (\d{4})", source, re.MULTILINE)[1]) >= 2023
 
 
 # Bad input

@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
@@ -275,7 +276,8 @@ def _stored(picture: Any) -> dict[str, Any]:
     if isinstance(picture, dict):
         return picture
     try:
-        return datasets.Image().encode_example(picture)
+        # datasets 4.0 knows paths as text alone.
+        return datasets.Image().encode_example(str(picture) if isinstance(picture, Path) else picture)
     # Values of any type come here, and Pillow raises nearly anything for a picture it cannot write.
     except Exception:
         raise Unusable("image cannot be read") from None
