@@ -59,6 +59,22 @@ def _parser() -> argparse.ArgumentParser:
     pipeline.add_argument("--output", required=True, help="folder with a run folder for each recipe")
     pipeline.set_defaults(run=_pipeline)
 
+    plan = commands.add_parser("plan", help="memory, computation, hours and cost of a recipe, before it is run")
+    plan.add_argument("recipe", help="YAML file, or a folder of them as for pipeline")
+    plan.add_argument("overrides", nargs="*", help="recipe keys, as for train or pipeline")
+    plan.add_argument("--devices", type=int, default=1, help="each with the recipe's batch (default: 1)")
+    plan.add_argument("--memory", default="80GB", help="of a device, such as 80GB or 24GiB (default: 80GB)")
+    plan.add_argument("--sharding", default="none", help="none (DDP), zero2 or zero3 (default: none)")
+    plan.add_argument("--length", type=int, help="tokens of a text (default: those of the data, or the recipe's limit)")
+    plan.add_argument(
+        "--device-flops", type=float, default=312e12, help="peak FLOP/s (default: 312e12, an A100's bf16)"
+    )
+    plan.add_argument("--utilisation", type=float, default=0.35, help="share of the peak reached (default: 0.35)")
+    plan.add_argument("--price", type=float, help="of a device for an hour, in any currency")
+    plan.add_argument("--overhead", type=float, default=0.1, help="share of memory beside tensors (default: 0.1)")
+    plan.add_argument("--json", help="write the plan here, too")
+    plan.set_defaults(run=_plan)
+
     ground = commands.add_parser("ground", help="make masks for the phrases of a data set; run again, it continues")
     ground.add_argument("data", help="folder or Hub id: columns of the schema, or image and phrases (and boxes)")
     ground.add_argument("--teacher", required=True, help="annotated, sam2, sam2-transformers or sam3")
@@ -103,8 +119,12 @@ def _run(recipe_path, options: argparse.Namespace, output: str | None) -> None:
     from rich.table import Table
 
     from .training.pipeline import run_recipe, table_rows
+    from .training.processes import is_main, leave
 
     metrics = run_recipe(recipe, folder, overwrite=options.overwrite, resume=options.resume)
+    leave()
+    if not is_main():
+        return
     table = Table("figure", *metrics, title=f"{recipe.name}, test part, seed {recipe.seed}")
     for row in table_rows(metrics):
         table.add_row(row["figure"], *(f"{row[name]:.3f}" if name in row else "-" for name in metrics))
@@ -122,18 +142,61 @@ def _pipeline(options: argparse.Namespace) -> None:
     from rich.table import Table
 
     from .training.pipeline import table_rows
+    from .training.processes import is_main, leave
     from .training.stages import run_stages
 
-    console = Console()
+    console = Console(quiet=not is_main())
     figures = run_stages(
         stages, options.output, on_stage=lambda name, state: console.print(f"{name}: {state}", soft_wrap=True)
     )
+    leave()
     table = Table("figure", *figures, title="test part of each recipe's own data")
     for row in table_rows(figures):
         table.add_row(row["figure"], *(f"{row[name]:.3f}" if name in row else "-" for name in figures))
     console.print(table)
     last = Path(options.output) / list(stages)[-1]
     console.print(f"Report: {last / 'report.html'}", f"Checkpoint: {last / 'checkpoint'}", sep="\n", soft_wrap=True)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from .planning.plan import Hardware, plans
+    from .planning.table import parse_size, plan_table
+
+    hardware = Hardware(
+        devices=options.devices,
+        memory=parse_size(options.memory),
+        sharding=options.sharding,
+        flops=options.device_flops,
+        utilisation=options.utilisation,
+        price=options.price,
+        overhead=options.overhead,
+    )
+    if options.json and not Path(options.json).absolute().parent.is_dir():
+        raise ValueError(f"--json: '{options.json}' is not in a folder that exists.")
+    made = plans(options.recipe, options.overrides, hardware, length=options.length)
+
+    import json
+
+    from rich.console import Console
+
+    from .training.pipeline import write_atomically
+
+    console = Console()
+    console.print(plan_table(made))
+    for name, plan in made.items():
+        console.print(f"{name}: {plan.text}.", soft_wrap=True, highlight=False)
+        if not plan.fits:
+            console.print(f"{name} does not fit. What changes that:", *plan.remedies, sep="\n  ", soft_wrap=True)
+    console.print(
+        f"Overhead ({hardware.overhead:.0%} of the tensors) and utilisation ({hardware.utilisation:.0%}) are assumptions. "
+        "Evaluation and warm start are not counted.",
+        soft_wrap=True,
+        highlight=False,
+    )
+    if options.json:
+        write_atomically(
+            Path(options.json), json.dumps({name: plan.to_dict() for name, plan in made.items()}, indent=2)
+        )
 
 
 def _ground(options: argparse.Namespace) -> None:

@@ -1,4 +1,5 @@
 import copy
+import io
 import pickle
 
 import numpy as np
@@ -8,9 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from age_vlm.data.collator import AgeVlmCollator, token_grid_size
+from age_vlm.data.collator import GROUNDING_KEYS, AgeVlmCollator, token_grid_size
 from age_vlm.data.schema import assistant_message, grounding, message_text, user_message
+from age_vlm.evaluation.attention import picture_attention
 from age_vlm.processing import AgeVlmProcessor
+from age_vlm.training import AlignmentConfig
+from age_vlm.training.alignment import alignment_losses
 
 
 SIDE = 32  # of the model's input, conftest's IMAGE_SIZE
@@ -322,8 +326,129 @@ def test_a_bad_sample_is_refused_in_one_sentence(make_collator, change, words):
 
 
 def test_a_collator_can_be_sent_to_another_process(make_collator):
-    collator = make_collator(independent_turns=True, phrase_rows="all", max_length=400)
+    collator = make_collator(independent_turns=True, phrase_rows="all", max_length=400, packing=True, pack_length=500)
     talk = sample(TALK, [picture(0)], [phrase(TALK, 0, "dog")])
     received = pickle.loads(pickle.dumps(collator))
     for name, value in collator([talk]).items():
         assert torch.equal(value, received([talk])[name]), name
+
+
+# Packing
+
+
+def flat(number, extra=0, pictures=1):
+    """A short chat of its own length, with a grounded phrase where it has a picture."""
+    messages = turns(("is there a dog" + "?" * extra, "yes" * (1 + number % 3)), images=pictures)
+    groundings = [phrase(messages, 0, "dog", image=each) for each in range(pictures)]
+    return sample(
+        messages, [picture(10 * number + each) for each in range(pictures)], groundings, name=f"flat {number}"
+    )
+
+
+def uneven():
+    """Texts of several lengths, among them one without a picture and one with several, and shared pictures."""
+    shared = picture(99)
+    many = sample(MANY, [shared, picture(1)], [phrase(MANY, 0, "a dog"), phrase(MANY, 0, "a cat", image=1)], "many")
+    turned = sample(MANY, [picture(2), shared], [phrase(MANY, 0, "the dog", image=1)], "turned")
+    text = sample(turns(("hm?", "no"), images=0), [], name="text")
+    long = sample(
+        TALK, [shared], [phrase(TALK, 0, "dog"), phrase(TALK, 2, "big cat"), phrase(TALK, 5, "red car")], "long"
+    )
+    opening = sample([assistant_message("a dog")], [], name="opening")
+    return [flat(0), text, long, many, flat(1, 7), opening, turned, flat(2, pictures=0), flat(3, 3)]
+
+
+def losses_and_gradients(model, batch):
+    """Sums over tokens and over groundings of both losses, in float64, and the gradients of their sum."""
+    model.zero_grad()
+    groundings = {key: batch.pop(key) for key in GROUNDING_KEYS if key in batch}
+    if "pixel_values" in batch:
+        batch["pixel_values"] = batch["pixel_values"].double()
+    outputs = model(
+        **batch, num_items_in_batch=1, use_cache=False, cross_attention_rows=groundings.get("grounding_rows")
+    )
+    aligned = outputs.loss.new_zeros(0)
+    if groundings:
+        coverage = groundings["grounding_coverage"].double()
+        attention = picture_attention(
+            outputs.cross_attention_maps, groundings["grounding_slots"], coverage.shape[-1], [0, 1]
+        )
+        aligned = alignment_losses(attention.double(), coverage, AlignmentConfig(layers=[0, 1]))
+    (outputs.loss + aligned.sum()).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return outputs.loss.detach(), aligned.detach(), gradients
+
+
+@pytest.mark.parametrize("length", [None, 64, 10_000])
+@pytest.mark.parametrize("independent", [True, False])
+@pytest.mark.parametrize("visibility", ["latest", "all_previous"])
+def test_packed_samples_learn_exactly_what_each_alone_would(make_model, make_collator, visibility, independent, length):
+    model = make_model(image_visibility=visibility, dtype=torch.float64)
+    options = {"independent_turns": independent, "image_visibility": visibility, "phrase_rows": "all"}
+    samples = uneven()
+    batch = make_collator(packing=True, pack_length=length, **options)(samples)
+    assert batch["input_ids"].shape[0] < len(samples)
+    together, aligned, gradients = losses_and_gradients(model, batch)
+
+    loss, each_aligned, sums = 0.0, [], {}
+    for each in samples:
+        alone = losses_and_gradients(model, make_collator(**options)([each]))
+        loss += alone[0]
+        each_aligned.append(alone[1])
+        for name, gradient in alone[2].items():
+            sums[name] = sums.get(name, 0) + gradient
+    torch.testing.assert_close(together, loss)
+    # Rows come in another order.
+    torch.testing.assert_close(aligned.sort().values, torch.cat(each_aligned).sort().values, rtol=1e-5, atol=1e-6)
+    assert len(aligned) > 9 and sums.keys() <= gradients.keys()
+    for name, gradient in gradients.items():
+        expected = sums.get(name, torch.zeros_like(gradient))
+        torch.testing.assert_close(
+            gradient, expected, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_packing_keeps_texts_pictures_and_phrases_together(processor, make_collator):
+    samples = uneven()
+    plain = make_collator()(samples)
+    batch = make_collator(packing=True)(samples)
+    assert batch["input_ids"].shape[1] <= 2 * plain["input_ids"].shape[1]
+    assert "attention_mask" not in batch
+    counted = [int(each["labels"][:, 1:].ne(-100).sum()) for each in (plain, batch)]
+    assert counted[0] == counted[1] > 0  # what the trainer divides the loss by
+    assert sorted(aligned(processor, batch)[1]) == sorted(aligned(processor, plain)[1])
+
+
+def test_the_first_token_of_a_text_is_not_learned_after_another_text(processor, grid):
+    # Of a template that puts nothing in front of what the assistant says.
+    template = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
+    bare = AgeVlmProcessor(processor.image_processor, processor.tokenizer, chat_template=template)
+    samples = [sample([assistant_message(text)], [], name=text) for text in ("a dog", "a cat", "a fox, a red one")]
+    counts = [
+        [int(AgeVlmCollator(bare, grid, packing=packing)(group)["labels"][:, 1:].ne(-100).sum()) for group in groups]
+        for packing, groups in ((True, [samples]), (False, [[each] for each in samples]))
+    ]
+    assert sum(counts[0]) == sum(counts[1]) == sum(len(each["id"]) - 1 for each in samples)
+
+
+def test_a_packed_sample_is_cut_and_refused_like_any(make_collator):
+    long = sample(TALK, [picture(0)], [phrase(TALK, 5, "red car")], "long")
+    whole = make_collator()([long])["input_ids"].shape[1]
+    batch = make_collator(packing=True, max_length=whole - 30, pack_length=whole)([long, flat(0), flat(1)])
+    assert batch["position_ids"].max() < whole - 30 and len(batch["grounding_rows"]) == 2
+    with pytest.raises(ValueError, match="max_length: sample 'long' has .* a picture after token"):
+        make_collator(packing=True, max_length=3)([long])
+
+
+def test_a_sample_whose_picture_or_mask_cannot_be_read_is_named(make_collator):
+    file = io.BytesIO()
+    picture(0, (64, 64)).save(file, "PNG")
+    cut = Image.open(io.BytesIO(file.getvalue()[: len(file.getvalue()) // 2]))
+    bad = sample(turns(("a dog?", "yes")), [cut], name="half a file")
+    with pytest.raises(ValueError, match="^sample 'half a file': images: the picture is damaged: ") as caught:
+        make_collator()([flat(0), bad])
+    assert "\n" not in str(caught.value)
+    bad = flat(1)
+    bad["groundings"][0]["mask"]["counts"] = "0"
+    with pytest.raises(ValueError, match="^sample 'flat 1': mask counts does not describe"):
+        make_collator()([flat(0), bad])

@@ -60,6 +60,17 @@ def test_parts_that_are_all_frozen_and_rates_of_frozen_ones():
         load_recipe(SCENES, ["training.vision=frozen", "training.learning_rates={vision: 1e-4}"])
 
 
+def test_trackers_are_those_that_are_there():
+    for name, words in (
+        ("tensorbord", "got 'tensorbord', expected some of .*trackio.* .nearest: 'tensorboard'"),
+        ("neptune", "got 'neptune', which is not installed .pip install neptune"),
+    ):
+        with pytest.raises(ValueError, match=f"^training.report_to: {words}"):
+            load_recipe(SCENES, [f"training.report_to=[{name}]"])
+    with pytest.raises(ValueError, match="^training.report_to: got 'wandb', expected"):
+        load_recipe(SCENES, ["training.report_to=wandb"])
+
+
 def test_texts_are_those_that_the_data_have():
     label_maps = ["data.kind=label_maps", *OWN]
     assert load_recipe(SCENES, [*label_maps, "data.texts=[count, caption]"]).data.texts == ["count", "caption"]
@@ -172,6 +183,10 @@ def test_a_misspelt_key_is_named_with_a_nearest_valid_one(key, data):
         ("training.lora.rnk=4", "^training.lora.rnk: unknown key, .*nearest: 'rank'"),
         ("training.save_every=-1", "^training.save_every: got -1, expected at least 0"),
         ("training.max_length=0", "^training.max_length: got 0, expected at least 1"),
+        ("training.pack_length=512", "^training.pack_length: got 512, expected at least 1, or null .*training.packing"),
+        ("training.packing=512", "^training.packing: got 512, expected bool"),
+        ("training.non_finite=ignore", "^training.non_finite: got 'ignore', expected 'stop' or 'skip'"),
+        ("training.spike_threshold=-1", "^training.spike_threshold: got -1.0, expected at least 0"),
         ("training.precision=fp8", "^training.precision: got 'fp8'"),
         ("training=5", "^training: got 5, expected keys and values"),
         ("training.steps.more=5", "^override: 'steps' in 'training.steps.more=5' has no keys"),

@@ -8,11 +8,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, TimmWrapperConfig, TimmW
 from age_vlm.data.scenes_tokenizer import build_scenes_tokenizer
 from age_vlm.data.sources import load_source
 from age_vlm.training import AlignmentConfig
+from age_vlm.training.loss_watch import BAD_BATCHES
 from age_vlm.training.parts import PARTS, part_of
 from age_vlm.training.recipe import DataRecipe, LoraRecipe, ModelRecipe, Recipe, TrainingRecipe, WarmStartRecipe
 from age_vlm.training.run import (
     build_model,
     check_run_folder,
+    check_same_recipe,
     environment,
     fit,
     last_checkpoint,
@@ -137,7 +139,7 @@ def test_a_seed_gives_the_same_run_again_and_measures_on_the_way(source, tmp_pat
     recipe = recipe_of(seed=4, warm_start=WarmStartRecipe(steps=1, batch_size=4), training={"evaluate_every": 2})
     seen = []
 
-    def measure(model, processor):
+    def measure(model, processor, grid):
         seen.append(model.training)
         return {"norm": float(sum(parameter.norm() for parameter in model.parameters()))}
 
@@ -163,7 +165,7 @@ def test_blocks_and_pictures_that_are_not_there_are_found_before_training(source
 def stopped(recipe, source, folder, step):
     """Runs until the figures of that step are asked for."""
 
-    def measure(model, processor):
+    def measure(model, processor, grid):
         seen.append(1)
         if len(seen) == step:
             raise KeyboardInterrupt
@@ -178,7 +180,7 @@ def test_what_was_stopped_goes_on_from_its_last_checkpoint(source, tmp_path, cap
     training = {"steps": 5, "save_every": 2, "evaluate_every": 1, "log_every": 5, "vision": "frozen"}
     recipe = recipe_of(training=training, warm_start=WarmStartRecipe(steps=1, batch_size=4))
 
-    def norm(model, processor):
+    def norm(model, processor, grid):
         return {"norm": float(sum(p.norm() for p in model.parameters()))}
 
     for name in ("whole", "stopped", "early"):
@@ -197,6 +199,39 @@ def test_what_was_stopped_goes_on_from_its_last_checkpoint(source, tmp_path, cap
     assert log_again[:-1] == log[:-1]
     for name, value in whole.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_tensorboard_gets_what_the_log_has(source, tmp_path, monkeypatch):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    recipe = recipe_of(name="told", training={"report_to": ["tensorboard"]})
+    _, _, log, _ = fit(recipe, source, tmp_path, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["tensorboard"]
+    told = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for name in ("loss", "lm_loss", "alignment_loss", "attention_mass", "pointing_accuracy"):
+        points = [(event.step, event.value) for event in told.Scalars(f"train/{name}")]
+        assert points == [(entry["step"], pytest.approx(entry[name])) for entry in log if name in entry], name
+        assert len(points) == 3
+    assert "told" in told.Tensors("args/text_summary")[0].tensor_proto.string_val[0].decode()
+
+
+def test_packing_changes_what_a_run_costs_and_not_what_it_learns(source, tmp_path):
+    logs = []
+    for options in ({}, {"packing": True, "pack_length": 400}):
+        (tmp_path / str(len(logs))).mkdir()
+        _, _, log, _ = fit(recipe_of(training=options), source, tmp_path / str(len(logs)), progress=False)
+        logs.append([entry for entry in log if "lm_loss" in entry])
+    for one, other in zip(*logs, strict=True):
+        for name in ("lm_loss", "alignment_loss", "grad_norm"):
+            assert one[name] == pytest.approx(other[name], rel=1e-3), name
+
+
+def test_a_run_may_be_resumed_with_another_answer_to_bad_steps(tmp_path):
+    begun = recipe_of(training={"non_finite": "stop"})
+    (tmp_path / "recipe.yaml").write_text(begun.to_yaml())
+    check_same_recipe(tmp_path, recipe_of(training={"non_finite": "skip", "spike_threshold": 3.0}))
+    with pytest.raises(ValueError, match=r"is of another recipe \(training.packing: False there, True here\)"):
+        check_same_recipe(tmp_path, recipe_of(training={"packing": True, "non_finite": "skip"}))
 
 
 def test_what_is_frozen_full_or_adapted(make_model):
@@ -338,6 +373,18 @@ def test_what_is_no_run_is_never_replaced(tmp_path):
             with run_folder(tmp_path / name, overwrite=True):
                 pytest.fail("was entered")
     assert content(tmp_path) == before
+
+
+def test_the_ids_of_a_bad_batch_outlast_the_run_that_failed_of_it(tmp_path):
+    for overwrite in (False, True):
+        with pytest.raises(ValueError):
+            with run_folder(tmp_path / "run", overwrite=overwrite) as folder:
+                (folder / "recipe.yaml").write_text("name: later" if overwrite else "name: first")
+                (folder / BAD_BATCHES).write_text(str(overwrite))
+                raise ValueError
+        assert (tmp_path / "run" / "recipe.yaml").read_text() == "name: first"
+        assert (tmp_path / "run" / BAD_BATCHES).read_text() == str(overwrite)
+        assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_run_that_failed_early_leaves_nothing_a_later_one_its_figures(tmp_path):

@@ -1,4 +1,6 @@
 import copy
+import inspect
+import json
 import os
 import pickle
 import socket
@@ -277,6 +279,141 @@ def test_a_block_that_is_not_there_is_one_sentence(make_trainer):
         make_trainer(alignment=AlignmentConfig(layers=[2])).train()
 
 
+# Packing
+
+
+@pytest.mark.parametrize("independent", [True, False])
+@pytest.mark.parametrize("batch, accumulation", [(8, 1), (3, 2)])
+def test_packed_batches_train_as_padded_ones(make_trainer, processor, independent, batch, accumulation):
+    weights, logs = [], []
+    for packing in (False, True):
+        trainer = make_trainer(batch=batch, accumulation=accumulation, steps=2)
+        trainer.data_collator = AgeVlmCollator(
+            processor, trainer.data_collator.grid, independent_turns=independent, packing=packing, pack_length=600
+        )
+        rows = trainer.data_collator(TALKS)["input_ids"].shape[0]
+        assert rows < 8 if packing else rows == 8
+        weights.append(weights_after(trainer))
+        logs.append(trainer.state.log_history)
+    assert_same(*weights, rtol=1e-4, atol=1e-5)
+    for one, other in zip(*logs):
+        for name in {"lm_loss", "alignment_loss", "attention_mass", "pointing_accuracy", "loss"} & one.keys():
+            assert one[name] == pytest.approx(other[name], rel=1e-4), name
+
+
+# What goes wrong
+
+
+class Poisoned:
+    """A collator whose batches with one of some samples have pixels that are no numbers."""
+
+    def __init__(self, collator, names):
+        self.collator, self.names = collator, names
+
+    def __call__(self, samples):
+        batch = self.collator(samples)
+        if any(sample["id"] in self.names for sample in samples):
+            batch["pixel_values"] = batch["pixel_values"] * float("nan")
+        return batch
+
+
+@pytest.fixture
+def make_poisoned(make_trainer):
+    def make(names, non_finite="stop", **options):
+        trainer = make_trainer(batch=2, accumulation=2, **options)
+        trainer.data_collator = Poisoned(trainer.data_collator, names)
+        trainer.non_finite = non_finite
+        return trainer
+
+    return make
+
+
+def bad_steps(trainer):
+    return [json.loads(line) for line in trainer.bad_batches.read_text("utf-8").splitlines()]
+
+
+def test_a_loss_that_is_no_number_stops_the_run_before_it_is_learned(make_trainer, make_poisoned):
+    trainer = make_poisoned(["6"], steps=2, logging_nan_inf_filter=False)
+    with pytest.raises(
+        ValueError,
+        match=r"^training: at step 2 the loss is nan, with the samples 6, 7, expected finite numbers \(.*jsonl",
+    ) as caught:
+        trainer.train()
+    assert "\n" not in str(caught.value)
+    assert_same(
+        {name: p.detach() for name, p in trainer.model.named_parameters()},
+        weights_after(make_trainer(batch=2, accumulation=2)),
+        rtol=0,
+        atol=0,
+    )
+    assert bad_steps(trainer) == [{"step": 2, "loss": "nan", "grad_norm": "nan", "sample_ids": [["6", "7"]]}]
+
+
+def test_a_step_that_is_skipped_leaves_nothing_behind(make_trainer, make_poisoned):
+    options = {"optim": "adamw_torch", "weight_decay": 0.3}
+    trainer = make_poisoned(["0"], "skip", steps=2, logging_steps=2, **options)
+    skipped = weights_after(trainer)
+    reference = make_trainer(batch=2, accumulation=2, talks=TALKS[4:], **options)
+    assert_same(skipped, weights_after(reference), rtol=0, atol=0)
+    event, line, *_ = trainer.state.log_history
+    assert event == {"event": "skipped", "step": 1, "loss": "nan", "grad_norm": "nan", "sample_ids": [["0", "1"]]}
+    for name in ("lm_loss", "alignment_loss", "attention_mass"):
+        assert line[name] == pytest.approx(reference.state.log_history[0][name], rel=1e-6), name
+    assert np.isfinite(line["loss"]) and trainer.state.global_step == 2
+
+
+def test_a_gradient_that_overflows_is_that_of_the_whole_step(make_trainer):
+    trainer = make_trainer(batch=3, accumulation=2)
+    trainer.model.get_input_embeddings().weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(
+        ValueError, match="the gradient's norm is nan, the loss [0-9.]+, with the samples 0, 1, 2, 3, 4, 5,"
+    ):
+        trainer.train()
+    assert bad_steps(trainer)[0]["sample_ids"] == [["0", "1", "2"], ["3", "4", "5"]]
+
+
+def test_a_model_that_is_broken_is_not_skipped_for_ever(make_poisoned):
+    trainer = make_poisoned([str(number) for number in range(8)], "skip", steps=30)
+    with pytest.raises(ValueError, match="^training: at step 10, the 10th step in a row, the loss is nan"):
+        trainer.train()
+    assert len(bad_steps(trainer)) == 10
+
+
+def test_a_spike_is_kept_in_the_log_with_its_samples(make_trainer):
+    with torch.no_grad():
+        trainer = make_trainer()
+        collator = trainer.data_collator
+        losses = [float(trainer.model(**without_masks(collator([each])), use_cache=False).loss) for each in TALKS]
+    calm, high = (dict(TALKS[losses.index(each)]) for each in (min(losses), max(losses)))
+    assert max(losses) > 1.11 * min(losses)  # ten times the least deviation, 1% of the median
+    high["id"] = "high"
+    options = {"batch": 1, "steps": 25, "learning_rate": 0.0, "alignment": AlignmentConfig(weight=0.0)}
+    trainer = make_trainer(talks=[*[calm] * 22, high, calm, calm], **options)
+    trainer.train()
+    (event,) = (entry for entry in trainer.state.log_history if "event" in entry)
+    assert (event["event"], event["step"], event["sample_ids"]) == ("spike", 23, [["high"]])
+    assert event["loss"] == pytest.approx(max(losses), rel=1e-4)
+    assert event["usual_loss"] == pytest.approx(min(losses), rel=1e-4)
+    assert not trainer.bad_batches.exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_that_is_not_as_it_should_be_is_named(make_trainer, workers):
+    bad = {**TALKS[3], "groundings": [{**TALKS[2]["groundings"][0], "image": 4}]}
+    trainer = make_trainer(batch=2, steps=4, talks=[*TALKS[:3], bad, *TALKS[4:]], dataloader_num_workers=workers)
+    with pytest.raises(
+        ValueError, match="^training data: sample '3' .number 3. could not be used: groundings.0. points at image 4"
+    ) as caught:
+        trainer.train()
+    assert "\n" not in str(caught.value)
+    assert trainer.state.global_step == 1  # what was before it is trained on
+
+
+def test_what_becomes_of_bad_steps_is_one_of_two(make_trainer):
+    with pytest.raises(ValueError, match="^non_finite: got 'ignore', expected 'stop' or 'skip'"):
+        AgeVlmTrainer(make_trainer().model, TrainingArguments(remove_unused_columns=False), non_finite="ignore")
+
+
 RANKS = textwrap.dedent(
     """
     import os, pickle, sys
@@ -288,7 +425,9 @@ RANKS = textwrap.dedent(
     def train(rank, folder):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         with open(f"{folder}/job.pickle", "rb") as file:
-            collator, alignment, cases, settings = pickle.load(file)
+            collator, alignment, cases, settings, poisoned = pickle.load(file)
+        if poisoned:
+            collator = Poisoned(collator, poisoned)
         results = []
         for talks, accumulation in cases:
             arguments = TrainingArguments(
@@ -296,7 +435,7 @@ RANKS = textwrap.dedent(
             )
             model = AgeVlmForConditionalGeneration.from_pretrained(f"{folder}/model")
             trainer = AgeVlmTrainer(
-                model, arguments, train_dataset=talks, data_collator=collator, alignment=alignment
+                model, arguments, train_dataset=talks, data_collator=collator, alignment=alignment, non_finite="skip"
             )
             assert trainer.accelerator.num_processes == 2
             trainer.remove_callback(PrinterCallback)
@@ -315,17 +454,11 @@ RANKS = textwrap.dedent(
 )
 
 
-def test_two_processes_train_as_one_where_one_has_neither_picture_nor_mask(make_trainer, tmp_path):
-    text = [talk(3, 0, images=0), talk(9, 0, images=0)]
-    cases = [
-        ([TALKS[0], TALKS[2], *text], 1),  # the second process gets text only
-        ([TALKS[1], TALKS[5], TALKS[4], TALKS[7]], 1),  # the first one has pictures but no masks
-        ([*text, *text, TALKS[0], TALKS[2], *text], 2),  # masks in one micro-batch of one process
-    ]
-    reference = make_trainer()
-    reference.model.save_pretrained(tmp_path / "model")
+def trained_by_two(reference, cases, folder, poisoned=(), collator=None):
+    """What the first of two processes logged, and its weights, for each case: samples, accumulation."""
+    reference.model.save_pretrained(folder / "model")
     settings = {
-        "output_dir": str(tmp_path / "out"),
+        "output_dir": str(folder / "out"),
         "max_steps": 1,
         "per_device_train_batch_size": 2,
         "train_sampling_strategy": "sequential",
@@ -336,18 +469,42 @@ def test_two_processes_train_as_one_where_one_has_neither_picture_nor_mask(make_
         "disable_tqdm": True,
         **SGD,
     }
-    with open(tmp_path / "job.pickle", "wb") as file:
-        pickle.dump((reference.data_collator, ALIGNMENT, cases, settings), file)
-    (tmp_path / "ranks.py").write_text(RANKS)
+    with open(folder / "job.pickle", "wb") as file:
+        pickle.dump((collator or reference.data_collator, ALIGNMENT, cases, settings, list(poisoned)), file)
+    (folder / "ranks.py").write_text(f"{inspect.getsource(Poisoned)}\n{RANKS}")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(tmp_path / "ranks.py"), str(tmp_path)]
+    command = [sys.executable, str(folder / "ranks.py"), str(folder)]
     done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
-    for (talks, accumulation), (log, weights) in zip(cases, torch.load(tmp_path / "results.pt", weights_only=False)):
+    return torch.load(folder / "results.pt", weights_only=False)
+
+
+def test_two_processes_train_as_one_where_one_has_neither_picture_nor_mask(make_trainer, tmp_path):
+    text = [talk(3, 0, images=0), talk(9, 0, images=0)]
+    cases = [
+        ([TALKS[0], TALKS[2], *text], 1),  # the second process gets text only
+        ([TALKS[1], TALKS[5], TALKS[4], TALKS[7]], 1),  # the first one has pictures but no masks
+        ([*text, *text, TALKS[0], TALKS[2], *text], 2),  # masks in one micro-batch of one process
+    ]
+    results = trained_by_two(make_trainer(), cases, tmp_path)
+    for (talks, accumulation), (log, weights) in zip(cases, results):
         alone = make_trainer(batch=2, accumulation=2 * accumulation, talks=talks)
         assert_same({k: v.detach() for k, v in weights.items()}, weights_after(alone), rtol=1e-4, atol=1e-5)
         for name in ("loss", "lm_loss", "alignment_loss", "attention_mass", "pointing_accuracy"):
             assert log[name] == pytest.approx(alone.state.log_history[0][name], rel=1e-4), name
+
+
+def test_two_processes_skip_the_step_of_which_one_has_a_bad_batch(make_trainer, processor, tmp_path):
+    reference = make_trainer()
+    before = {name: parameter.detach().clone() for name, parameter in reference.model.named_parameters()}
+    packing = AgeVlmCollator(processor, reference.data_collator.grid, independent_turns=True, packing=True)
+    cases = [(TALKS[:4], 1), ([TALKS[0], TALKS[1], TALKS[4], TALKS[5]], 1)]
+    (log, weights), (_, good) = trained_by_two(reference, cases, tmp_path, poisoned=["2"], collator=packing)
+    assert_same({k: v.detach() for k, v in weights.items()}, before, rtol=0, atol=0)
+    assert (log["event"], log["sample_ids"]) == ("skipped", [["2", "3"]])
+    # Each process packs a batch of its own.
+    alone = make_trainer(batch=2, accumulation=2, talks=cases[1][0])
+    assert_same({k: v.detach() for k, v in good.items()}, weights_after(alone), rtol=1e-4, atol=1e-5)

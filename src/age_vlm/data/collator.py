@@ -3,18 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
+import PIL.Image
 import torch
 
 from ..processing import ImageGeometry
 from ..processing.images_agevlm import load_rgb
 from .chat import ChatEncoder, EncodedChat
 from .masks import decode_mask
+from .packing import packed_rows
+from .sample_names import naming
 from .schema import Grounding, Message, Sample, upright_size, validate_sample
 
 
 GROUNDING_KEYS = ("grounding_rows", "grounding_slots", "grounding_coverage")
+
+
+@dataclass
+class EncodedSample:
+    """
+    Attributes:
+        input_ids, labels, positions: of its texts, one after the other; positions restart with each.
+        images: the sample's pictures.
+        image_indices: for each image token the number of the picture that it stands for, in the sample.
+        groundings: position in the row, number of the picture and coverage of each aligned token.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    positions: list[int]
+    images: list[PIL.Image.Image]
+    image_indices: list[int]
+    groundings: list[tuple[int, int, torch.Tensor]]
 
 
 class AgeVlmCollator:
@@ -28,7 +50,10 @@ class AgeVlmCollator:
             ones away. What stands before the first question, a system message, is in front of each. Otherwise a sample is
             one chat.
         phrase_rows: which tokens of a phrase are aligned, its `"last"` (it has read the whole phrase) or `"all"`.
-        max_length: longest row, in tokens; what is over is cut from the end.
+        max_length: longest sample, in tokens; what is over is cut from the end.
+        packing: several samples share a row (positions restart, no attention mask; each sees its own pictures only), see
+            `packed_rows`. The samples of a batch, and so its loss, are the same without.
+        pack_length: longest row that packing makes of several samples, in tokens; twice the longest sample when left out.
         image_visibility: the model's, `"latest"` or `"all_previous"`: a phrase is aligned only with a picture that it sees.
 
     A batch holds `input_ids`, `labels` (batch, length), `attention_mask` or `position_ids` (batch, length),
@@ -50,6 +75,8 @@ class AgeVlmCollator:
         phrase_rows: str = "last",
         max_length: int | None = None,
         image_visibility: str = "latest",
+        packing: bool = False,
+        pack_length: int | None = None,
     ):
         if phrase_rows not in ("last", "all"):
             raise ValueError(f"phrase_rows: got '{phrase_rows}', expected 'last' or 'all'.")
@@ -59,48 +86,51 @@ class AgeVlmCollator:
         self.phrase_rows = phrase_rows
         self.max_length = max_length
         self.image_visibility = image_visibility
+        self.packing = packing
+        self.pack_length = pack_length
         self.encode = ChatEncoder(processor)
         self._coverage = lru_cache(maxsize=65_536)(self._mask_coverage)
 
     def __reduce__(self):
         # As for `ChatEncoder`: the caches stay behind.
-        names = ("independent_turns", "phrase_rows", "max_length", "image_visibility")
+        names = ("independent_turns", "phrase_rows", "max_length", "image_visibility", "packing", "pack_length")
         settings = {name: getattr(self, name) for name in names}
         return partial(AgeVlmCollator, self.processor, self.grid, **settings), ()
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-        images, image_indices = [], []
+        encoded = []
         # One picture object in several samples, as in evaluation questions about it, is prepared and encoded once.
+        pictures: dict[int, PIL.Image.Image] = {}
+        for sample in samples:
+            with naming(sample):
+                encoded.append(self._encoded(sample))
+                for image in sample["images"]:
+                    if id(image) not in pictures:
+                        pictures[id(image)] = load_rgb(image)
+        rows = [[number] for number in range(len(encoded))]
+        if self.packing:
+            rows = self._packed(encoded)
+
         numbers: dict[int, int] = {}
-        rows = []
+        images, image_indices = [], []
         groundings: list[tuple[int, int, int, torch.Tensor]] = []
-        for batch_index, sample in enumerate(samples):
-            validate_sample(sample)
-            _require_masks(sample)
-            for image in sample["images"]:
-                if numbers.setdefault(id(image), len(images)) == len(images):
-                    images.append(image)
-            ids, labels, positions = [], [], []
-            for chat, chat_images, chat_groundings in self._chats(sample):
-                tokens = chat.input_ids.count(self.processor.image_token_id)
-                if tokens != len(chat_images):
-                    raise ValueError(
-                        f"messages: sample '{sample['id']}' has {tokens} image tokens in its rendered text, expected "
-                        f"{len(chat_images)}, one for each image part."
-                    )
-                for token, slot, coverage in self._aligned_tokens(sample, chat, chat_images, chat_groundings):
-                    groundings.append((batch_index, len(ids) + token, slot, coverage))
-                image_indices.extend(numbers[id(sample["images"][image])] for image in chat_images)
-                ids.extend(chat.input_ids)
-                labels.extend(chat.labels)
-                positions.extend(range(len(chat.input_ids)))
-            rows.append((ids, labels, positions))
-            self._cut(sample, rows, groundings)
-        batch = self._pad(rows)
+        for row, members in enumerate(rows):
+            row_images, row_groundings, start = [], [], 0
+            for sample in (encoded[member] for member in members):
+                for image in sample.images:
+                    if numbers.setdefault(id(image), len(images)) == len(images):
+                        images.append(pictures[id(image)])
+                own = [numbers[id(image)] for image in sample.images]
+                row_images.extend(own[image] for image in sample.image_indices)
+                row_groundings.extend((start + token, own[image], cover) for token, image, cover in sample.groundings)
+                start += len(sample.input_ids)
+            # As the model sorts the pictures of a row.
+            slots = {image: slot for slot, image in enumerate(sorted(set(row_images)))}
+            groundings.extend((row, token, slots[image], coverage) for token, image, coverage in row_groundings)
+            image_indices.extend(row_images)
+        batch = self._pad([[encoded[member] for member in members] for members in rows])
         if images:
-            batch["pixel_values"] = self.processor.image_processor(
-                images=[load_rgb(image) for image in images], return_tensors="pt"
-            )["pixel_values"]
+            batch["pixel_values"] = self.processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
         if image_indices != list(range(len(images))):
             batch["image_indices"] = torch.tensor(image_indices)
         if groundings:
@@ -108,6 +138,34 @@ class AgeVlmCollator:
             batch["grounding_slots"] = torch.tensor([entry[2] for entry in groundings])
             batch["grounding_coverage"] = torch.stack([entry[3] for entry in groundings])
         return batch
+
+    def _packed(self, samples: Sequence[EncodedSample]) -> list[list[int]]:
+        tokens = self.grid[0] * self.grid[1]
+        return packed_rows(
+            [len(sample.input_ids) for sample in samples],
+            self.pack_length,
+            [tokens * len(sample.images) for sample in samples],
+        )
+
+    def _encoded(self, sample: Sample) -> EncodedSample:
+        validate_sample(sample)
+        _require_masks(sample)
+        whole = EncodedSample([], [], [], list(sample["images"]), [], [])
+        for chat, chat_images, chat_groundings in self._chats(sample):
+            tokens = chat.input_ids.count(self.processor.image_token_id)
+            if tokens != len(chat_images):
+                raise ValueError(
+                    f"messages: sample '{sample['id']}' has {tokens} image tokens in its rendered text, expected "
+                    f"{len(chat_images)}, one for each image part."
+                )
+            for token, image, coverage in self._aligned_tokens(sample, chat, chat_images, chat_groundings):
+                whole.groundings.append((len(whole.input_ids) + token, image, coverage))
+            whole.image_indices.extend(chat_images)
+            whole.input_ids.extend(chat.input_ids)
+            # Nothing stands before the first token: it is not learned after the text in front of it, either.
+            whole.labels.extend((-100, *chat.labels[1:]))
+            whole.positions.extend(range(len(chat.input_ids)))
+        return self._cut(sample, whole)
 
     def _chats(self, sample: Sample) -> Iterator[tuple[EncodedChat, list[int], list[tuple[int, Grounding]]]]:
         """Each text of a sample: its encoding, the pictures of its image tokens, its groundings by message number."""
@@ -136,7 +194,7 @@ class AgeVlmCollator:
     def _aligned_tokens(
         self, sample: Sample, chat: EncodedChat, chat_images: list[int], chat_groundings: list[tuple[int, Grounding]]
     ) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """Position in the chat, picture of the row and mask coverage of every token that is aligned."""
+        """Position in the chat, picture of the sample and mask coverage of every token that is aligned."""
         image_token = self.processor.image_token_id
         places = [position for position, token in enumerate(chat.input_ids) if token == image_token]
         for message, item in chat_groundings:
@@ -160,20 +218,25 @@ class AgeVlmCollator:
         mask = torch.from_numpy(decode_mask({"size": list(size), "counts": counts}))
         return geometry.mask_coverage(mask[None], *self.grid)[0].flatten()
 
-    def _cut(self, sample, rows, groundings) -> None:
-        ids, labels, positions = rows[-1]
-        if self.max_length is None or len(ids) <= self.max_length:
-            return
-        if self.processor.image_token_id in ids[self.max_length :]:
+    def _cut(self, sample: Sample, whole: EncodedSample) -> EncodedSample:
+        most, ids = self.max_length, whole.input_ids
+        if most is None or len(ids) <= most:
+            return whole
+        if self.processor.image_token_id in ids[most:]:
             raise ValueError(
-                f"max_length: sample '{sample['id']}' has {len(ids)} tokens and a picture after token {self.max_length}, "
+                f"max_length: sample '{sample['id']}' has {len(ids)} tokens and a picture after token {most}, "
                 "expected a length that keeps all image tokens."
             )
-        rows[-1] = (ids[: self.max_length], labels[: self.max_length], positions[: self.max_length])
-        groundings[:] = [g for g in groundings if g[0] != len(rows) - 1 or g[1] < self.max_length]
+        return replace(
+            whole,
+            input_ids=ids[:most],
+            labels=whole.labels[:most],
+            positions=whole.positions[:most],
+            groundings=[each for each in whole.groundings if each[0] < most],
+        )
 
-    def _pad(self, rows) -> dict[str, torch.Tensor]:
-        length = max(len(ids) for ids, _, _ in rows)
+    def _pad(self, rows: list[list[EncodedSample]]) -> dict[str, torch.Tensor]:
+        length = max(sum(len(sample.input_ids) for sample in row) for row in rows)
         pad = self.processor.tokenizer.pad_token_id
         if pad is None:  # Llama's tokenizers name none; what stands there is neither seen nor learned
             pad = self.processor.tokenizer.eos_token_id or 0
@@ -182,11 +245,16 @@ class AgeVlmCollator:
         positions = torch.zeros((len(rows), length), dtype=torch.long)
         mask = torch.zeros((len(rows), length), dtype=torch.long)
         for number, row in enumerate(rows):
-            size = len(row[0])
-            ids[number, :size], labels[number, :size], positions[number, :size] = map(torch.tensor, row)
+            size = 0
+            for sample in row:
+                place = slice(size, size + len(sample.input_ids))
+                ids[number, place] = torch.tensor(sample.input_ids)
+                labels[number, place] = torch.tensor(sample.labels)
+                positions[number, place] = torch.tensor(sample.positions)
+                size = place.stop
             mask[number, :size] = 1
         batch = {"input_ids": ids, "labels": labels}
-        if self.independent_turns:
+        if self.independent_turns or self.packing:
             # Padding has position 0 throughout: each such token is a sequence of its own.
             batch["position_ids"] = positions
         else:

@@ -54,8 +54,13 @@ class Mix(Dataset):
         """Which part the sample of that index is from."""
         return int(self._part[index])
 
+    def origin(self, index: int) -> tuple[int, int]:
+        """Which part the sample of that index is from, and its index there."""
+        return self.part(index), int(self._number[index])
+
     def __getitem__(self, index: int) -> Sample:
-        return self.parts[self._part[index]][int(self._number[index])]
+        part, number = self.origin(index)
+        return self.parts[part][number]
 
 
 def _passes(size: int, count: int, seed: Sequence[int]) -> np.ndarray:

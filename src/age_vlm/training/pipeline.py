@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import PIL.Image
@@ -23,8 +24,18 @@ from ..evaluation.benchmark import answer_metrics, grounding_metrics, presence_m
 from ..evaluation.metrics import auc
 from ..hub import save_checkpoint
 from ..model_card import model_card
+from .processes import from_main, is_main, together
 from .recipe import Recipe
-from .run import TRAINER_FOLDER, check_run_folder, check_same_recipe, environment, fit, is_complete, run_folder
+from .run import (
+    TRAINER_FOLDER,
+    check_run_folder,
+    check_same_processes,
+    check_same_recipe,
+    environment,
+    fit,
+    is_complete,
+    run_folder,
+)
 
 
 def run_recipe(
@@ -39,7 +50,8 @@ def run_recipe(
     """Trains, measures and saves.
 
     The folder then holds `recipe.yaml`, `environment.json`, `log.jsonl`, `metrics.json`, `checkpoint/`, `examples/` (test
-    pictures to ask about), `report.html`, and `adapter/` where parts were trained by LoRA.
+    pictures to ask about), `report.html`, `adapter/` where parts were trained by LoRA, and `bad_batches.jsonl` where a step
+    was not finite.
 
     Args:
         overwrite: replace an earlier run in the folder, once this one is complete.
@@ -55,19 +67,30 @@ def run_recipe(
         ValueError: one sentence, for a folder that exists, another recipe in it, data that cannot be read, a full disk.
     """
     folder = Path(folder)
-    check_run_folder(folder, overwrite, resume)
-    resume = resume and (folder / "recipe.yaml").is_file()
-    if resume:
-        check_same_recipe(folder, recipe)
-        if is_complete(folder):
-            shutil.rmtree(folder / TRAINER_FOLDER, ignore_errors=True)
-            return stored_figures(folder)
+    resume, figures = from_main(_checked, recipe, folder, overwrite, resume)
+    if figures is not None:
+        return figures
     started = time.monotonic()
-    source = load_sources(recipe)
-    with run_folder(folder, overwrite, resume) as folder:
-        metrics = _run(recipe, source, folder, started, resume, previous, progress)
+    with together():
+        source = load_sources(recipe)
+    with run_folder(folder, overwrite, resume) if is_main() else nullcontext(folder) as folder:
+        from_main(_begin, recipe, folder)
+        measure = curve_measure(recipe, source.validation)
+        fitted = fit(recipe, source, folder, measure=measure, resume=resume, previous=previous, progress=progress)
+        return from_main(_finish, recipe, source, folder, *fitted, started, resume)
+
+
+def _checked(recipe: Recipe, folder: Path, overwrite: bool, resume: bool) -> tuple[bool, dict[str, dict] | None]:
+    """Whether there is a run to resume, and its figures if it is complete."""
+    check_run_folder(folder, overwrite, resume)
+    if not resume or not (folder / "recipe.yaml").is_file():
+        return False, None
+    check_same_recipe(folder, recipe)
+    if is_complete(folder):
         shutil.rmtree(folder / TRAINER_FOLDER, ignore_errors=True)
-    return metrics
+        return True, stored_figures(folder)
+    check_same_processes(folder)
+    return True, None
 
 
 def stored_figures(folder: Path) -> dict[str, dict]:
@@ -75,24 +98,25 @@ def stored_figures(folder: Path) -> dict[str, dict]:
     return json.loads((folder / "metrics.json").read_text("utf-8"))["figures"]
 
 
-def _run(
-    recipe: Recipe,
-    source: DataSource,
-    folder: Path,
-    started: float,
-    resume: bool,
-    previous: Path | None,
-    progress: bool,
-) -> dict[str, dict]:
+def _begin(recipe: Recipe, folder: Path) -> None:
     for unfinished in folder.glob(".*"):  # what a run that was killed was writing
         shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
     write_atomically(folder / "recipe.yaml", recipe.to_yaml())
     write_atomically(folder / "environment.json", json.dumps(environment(), indent=2))
 
-    measure = curve_measure(recipe, source.validation)
-    model, processor, log, curve = fit(
-        recipe, source, folder, measure=measure, resume=resume, previous=previous, progress=progress
-    )
+
+def _finish(
+    recipe: Recipe,
+    source: DataSource,
+    folder: Path,
+    model,
+    processor,
+    log: list[dict],
+    curve: list[dict],
+    started: float,
+    resume: bool,
+) -> dict[str, dict]:
+    """What is left to do when a model is trained: figures, checkpoint, report."""
     model.config.alignment = dataclasses.asdict(recipe.alignment)
     write_atomically(folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
     metrics = test_metrics(model, processor, recipe, source)
@@ -126,6 +150,7 @@ def _run(
             f"The {'run, since it was resumed,' if resume else 'whole run'} took {seconds / 60:.1f} minutes.",
         ],
     )
+    shutil.rmtree(folder / TRAINER_FOLDER, ignore_errors=True)
     return metrics
 
 
@@ -137,14 +162,13 @@ def curve_measure(recipe: Recipe, items: Sequence[EvaluationItem], pictures: int
     questions = [question for item in asked for question in item.questions]
     visible = split_items(items, lambda question: question.mask is not None)
 
-    def measure(model, processor) -> dict[str, float]:
+    def measure(model, processor, grid) -> dict[str, float]:
         figures = {}
         if questions:
             scores = yes_scores(model, processor, asked)
             right = sum((scores[question.id] > 0) == (question.answer == "yes") for question in questions)
             figures[name] = right / len(questions)
         if visible:
-            grid = token_grid_size(model, processor)
             pointed = split_items(asked, lambda question: question.mask is not None) or visible
             figures |= grounding_metrics(model, processor, pointed, grid, recipe.alignment)
         return figures

@@ -181,10 +181,15 @@ class TrainingRecipe:
     lora: LoraRecipe = field(default_factory=LoraRecipe)
     independent_turns: bool = True
     max_length: int | None = None
+    packing: bool = False
+    pack_length: int | None = None
+    non_finite: str = "stop"
+    spike_threshold: float = 10.0
     log_every: int = 25
     evaluate_every: int = 100
     save_every: int = 0
     workers: int = 0
+    report_to: list[str] = field(default_factory=list)
 
     @property
     def modes(self) -> dict[str, str]:
@@ -224,8 +229,37 @@ class TrainingRecipe:
             raise ValueError(f"training.warmup: got {self.warmup}, expected a share of the steps, from 0 to 1.")
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"training.max_length: got {self.max_length}, expected at least 1, or null for no limit.")
+        if self.pack_length is not None and (self.pack_length < 1 or not self.packing):
+            raise ValueError(
+                f"training.pack_length: got {self.pack_length}, expected at least 1, or null for twice the longest sample, "
+                "and training.packing."
+            )
+        if self.non_finite not in ("stop", "skip"):
+            raise ValueError(f"training.non_finite: got '{self.non_finite}', expected 'stop' or 'skip'.")
+        self._check_report_to()
         _at_least(self, "training", 1, "steps", "batch_size", "gradient_accumulation", "log_every", "evaluate_every")
         _at_least(self, "training", 0, "learning_rate", "weight_decay", "max_grad_norm", "save_every", "workers")
+        _at_least(self, "training", 0, "spike_threshold")
+
+    def _check_report_to(self) -> None:
+        if not self.report_to:
+            return
+        from transformers.integrations.integration_utils import (
+            INTEGRATION_TO_CALLBACK,
+            get_available_reporting_integrations,
+        )
+
+        installed = get_available_reporting_integrations()
+        for name in self.report_to:
+            if name not in INTEGRATION_TO_CALLBACK:
+                nearest = get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1, cutoff=0.0)[0]
+                raise ValueError(
+                    f"training.report_to: got '{name}', expected some of {', '.join(sorted(INTEGRATION_TO_CALLBACK))} "
+                    f"(nearest: '{nearest}')."
+                )
+            # transformers looks for flyte only when it is used.
+            if name != "flyte" and name not in installed:
+                raise ValueError(f"training.report_to: got '{name}', which is not installed (pip install {name}).")
 
 
 @dataclass
@@ -256,6 +290,8 @@ TEXTS = {
 }
 MODES = ("frozen", "full", "lora")
 LORA_PARTS = ("cross_attention", "language_model")
+# Of `training`: what becomes of a step that goes wrong, not what is learned from the others.
+WATCH_KEYS = ("non_finite", "spike_threshold")
 # Those of transformers that need nothing but the number of steps.
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import glob
+import json
 import platform
 import shutil
 import tempfile
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 import yaml
+from accelerate import PartialState
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -23,6 +26,8 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import TensorBoardCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -33,8 +38,10 @@ from ..hub import load_checkpoint
 from ..modeling_agevlm import AgeVlmForConditionalGeneration
 from ..modeling_agevlm.modeling_agevlm import reserved_image_token
 from ..processing import AgeVlmProcessor, whole_image_processor
+from .loss_watch import BAD_BATCHES
 from .parts import part_of
-from .recipe import PREVIOUS, ModelRecipe, Recipe, TrainingRecipe
+from .processes import alone, engine, from_main, is_main, process_count, together
+from .recipe import PREVIOUS, WATCH_KEYS, ModelRecipe, Recipe, TrainingRecipe
 from .trainer import AgeVlmTrainer
 from .warm_start import warm_start
 
@@ -42,9 +49,10 @@ from .warm_start import warm_start
 if TYPE_CHECKING:
     from peft import PeftModel
 
-# In a run folder: resumable checkpoints while it trains, the adapter of parts that were trained by LoRA.
+# In a run folder: resumable checkpoints while it trains, the adapter of parts that were trained by LoRA, TensorBoard's files.
 TRAINER_FOLDER = "trainer"
 ADAPTER_FOLDER = "adapter"
+TENSORBOARD_FOLDER = "tensorboard"
 # Written last into a resumable checkpoint.
 _WHOLE = "whole"
 
@@ -121,10 +129,12 @@ def set_trainable(model: AgeVlmForConditionalGeneration, recipe: TrainingRecipe)
     return adapted
 
 
-def training_arguments(recipe: TrainingRecipe, seed: int, folder: str | Path, progress: bool) -> TrainingArguments:
+def training_arguments(
+    recipe: TrainingRecipe, seed: int, folder: str | Path, progress: bool, name: str | None = None
+) -> TrainingArguments:
     checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     checkpointing = checkpointing if recipe.gradient_checkpointing else {}
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.batch_size,
@@ -139,17 +149,23 @@ def training_arguments(recipe: TrainingRecipe, seed: int, folder: str | Path, pr
         fp16=recipe.precision == "fp16",
         use_cpu=not torch.accelerator.is_available(),
         logging_steps=recipe.log_every,
+        # It hides what is not finite from the log; only a step that is skipped shall be hidden.
+        logging_nan_inf_filter=recipe.non_finite == "skip",
         save_strategy="steps" if recipe.save_every else "no",
         save_steps=recipe.save_every or recipe.steps,
         # The newer of the two may be unfinished.
         save_total_limit=2,
         **checkpointing,
-        report_to="none",
+        report_to=list(recipe.report_to),
+        run_name=name,
         remove_unused_columns=False,
         dataloader_num_workers=recipe.workers,
         seed=seed,
         disable_tqdm=not progress,
     )
+    # A process trains on one GPU: on more, the trainer would cut batches by rows, which pictures and masks are not in.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 class CurveCallback(TrainerCallback, ExportableState):
@@ -183,6 +199,8 @@ class ResumableCallback(TrainerCallback):
         return control
 
     def on_save(self, args, state, control, **kwargs):
+        # Not before every process has written its part.
+        PartialState().wait_for_everyone()
         if state.is_world_process_zero:
             (Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / _WHOLE).touch()
 
@@ -194,7 +212,8 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def environment() -> dict[str, str | int]:
-    """What a figure depends on besides the code: versions, processor, threads."""
+    """What a figure depends on besides the code: versions, processor, threads, and how many processes, if several."""
+    several = {"processes": process_count(), "engine": engine()} if process_count() > 1 else {}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
         "python": platform.python_version(),
@@ -202,13 +221,15 @@ def environment() -> dict[str, str | int]:
         "transformers": transformers.__version__,
         "device": device,
         "threads": torch.get_num_threads(),
+        **several,
     }
 
 
 @contextmanager
 def run_folder(folder: str | Path, overwrite: bool, resume: bool = False) -> Iterator[Path]:
     """The folder of a run, as a context. An earlier run in it is gone only once this one is complete: where this one
-    fails, the earlier one is put back as it was. One that fails and could be resumed stays, if it replaces no other.
+    fails, the earlier one is put back as it was, with the ids of the samples that this one failed of, if it did. One that
+    fails and could be resumed, or has such ids, stays, if it replaces no other.
 
     Raises:
         ValueError: as `check_run_folder`.
@@ -225,6 +246,8 @@ def run_folder(folder: str | Path, overwrite: bool, resume: bool = False) -> Ite
         yield folder
     except BaseException:
         if earlier is not None:
+            if (folder / BAD_BATCHES).exists():  # the error has sent its reader there
+                (folder / BAD_BATCHES).replace(earlier / BAD_BATCHES)
             shutil.rmtree(folder, ignore_errors=True)
             earlier.rename(folder)
             earlier.parent.rmdir()
@@ -233,6 +256,7 @@ def run_folder(folder: str | Path, overwrite: bool, resume: bool = False) -> Ite
             or (folder / "metrics.json").exists()
             or not (folder / "recipe.yaml").is_file()
             or last_checkpoint(folder)
+            or (folder / BAD_BATCHES).exists()
         ):
             # Nothing has come of it yet: the next try need not ask to overwrite it.
             shutil.rmtree(folder, ignore_errors=True)
@@ -271,15 +295,37 @@ def is_complete(folder: Path) -> bool:
 
 
 def check_same_recipe(folder: Path, recipe: Recipe) -> None:
-    """Raises ValueError, one sentence with the first difference, if the run in the folder is of another recipe."""
+    """Raises ValueError, one sentence with the first difference, if the run in the folder is of another recipe; what to do
+    about a step that goes wrong, and who gets the log, may differ."""
     try:
         begun = yaml.safe_load((folder / "recipe.yaml").read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
         begun = None
-    difference = _difference(begun, yaml.safe_load(recipe.to_yaml()))
+    here, kept = yaml.safe_load(recipe.to_yaml()), (*WATCH_KEYS, "report_to")
+    for each in (begun, here):
+        if isinstance(each, dict) and isinstance(each.get("training"), dict):
+            each["training"] = {key: value for key, value in each["training"].items() if key not in kept}
+    difference = _difference(begun, here)
     if difference is not None:
         raise ValueError(
             f"run folder: '{folder}' is of another recipe ({difference}), expected the same one, or a new folder."
+        )
+
+
+def check_same_processes(folder: Path) -> None:
+    """Raises ValueError, one sentence, if the run in the folder has checkpoints of another number of processes, or of another
+    way to share the work: their steps are of other samples, or their files of another form."""
+    try:
+        begun = json.loads((folder / "environment.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return
+    there, here = (
+        (values.get("processes", 1), values.get("engine", "no launcher")) for values in (begun, environment())
+    )
+    if there != here and last_checkpoint(folder):
+        raise ValueError(
+            f"run folder: '{folder}' was begun by {there[0]} process{'es' * (there[0] > 1)} ({there[1]}), expected the same "
+            f"to resume it, got {here[0]} ({here[1]})."
         )
 
 
@@ -332,7 +378,8 @@ def fit(
     source: DataSource,
     folder: str | Path,
     *,
-    measure: Callable[[AgeVlmForConditionalGeneration, AgeVlmProcessor], dict[str, float]] | None = None,
+    measure: Callable[[AgeVlmForConditionalGeneration, AgeVlmProcessor, tuple[int, int]], dict[str, float]]
+    | None = None,
     resume: bool = False,
     previous: Path | None = None,
     progress: bool = True,
@@ -340,48 +387,111 @@ def fit(
     """Trains as the recipe says. Adapters are stored in the folder and merged into the model.
 
     Args:
-        measure: figures of the model in training, taken every `evaluate_every` steps.
+        measure: figures of the model in training, taken every `evaluate_every` steps, by every process; it is given the
+            model, the processor and the grid of image tokens, and may call the model as a whole only, which may be sharded.
         resume: go on from the last resumable checkpoint in the folder, if there is one.
         previous: checkpoint of the recipe before this one.
 
     Returns:
-        Model, processor, what the trainer logged, what was measured.
+        Model, whole in the main process only, processor, what the trainer logged, what was measured.
     """
-    folder = Path(folder)
-    set_seed(recipe.seed)
-    model, processor = build_model(recipe.model, source, previous)
-    text = model.config.text_config
-    recipe.alignment.check(len(model.config.cross_attention_layers), text.num_attention_heads)
-    curve = CurveCallback(lambda model: measure(model, processor), recipe.training.evaluate_every) if measure else None
-    checkpoint, scratch = last_checkpoint(folder) if resume else None, folder / TRAINER_FOLDER
+    folder, scratch = Path(folder), Path(folder) / TRAINER_FOLDER
+    progress = progress and is_main()
+    with together():
+        set_seed(recipe.seed)
+        model, processor = build_model(recipe.model, source, previous)
+        text = model.config.text_config
+        recipe.alignment.check(len(model.config.cross_attention_layers), text.num_attention_heads)
+    checkpoint = from_main(_cleared, folder, resume)
+    try:
+        if checkpoint is None and recipe.warm_start.steps:
+            tower = model.model.vision_tower
+            warmed, generator = from_main(_warmed, recipe, source, tower, processor.image_processor, scratch, progress)
+            tower.load_state_dict(warmed)
+            # What is drawn next, as the first weights of adapters are, is the same in every process.
+            torch.set_rng_state(generator)
+        adapted = set_trainable(model, recipe.training)
+        # Now: what is sharded later cannot be asked in parts.
+        grid = token_grid_size(model, processor)
+        curve = CurveCallback(lambda model: measure(model, processor, grid), recipe.training.evaluate_every)
+        trainer = AgeVlmTrainer(
+            model,
+            training_arguments(recipe.training, recipe.seed, scratch, progress, recipe.name),
+            train_dataset=source.train,
+            data_collator=AgeVlmCollator(
+                processor,
+                grid,
+                independent_turns=recipe.training.independent_turns,
+                max_length=recipe.training.max_length,
+                image_visibility=model.config.image_visibility,
+                packing=recipe.training.packing,
+                pack_length=recipe.training.pack_length,
+            ),
+            callbacks=[*([curve] if measure else []), ResumableCallback()],
+            alignment=recipe.alignment,
+            learning_rates=recipe.training.learning_rates,
+            non_finite=recipe.training.non_finite,
+            spike_threshold=recipe.training.spike_threshold,
+            bad_batches=folder / BAD_BATCHES,
+        )
+        _keep_tensorboard(trainer, folder)
+        unsharded = copy.deepcopy((model, adapted)) if _shards(trainer) and is_main() else None
+        log = train(trainer, progress, checkpoint)
+        if _shards(trainer):
+            state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+            if unsharded is not None:
+                model, adapted = unsharded
+                _load_whole(model, state)
+                model.to(trainer.args.device)
+        if trainer.is_deepspeed_enabled:
+            # Else whatever is loaded or generated from here on would wait for the other processes.
+            unset_hf_deepspeed_config()
+        if adapted is not None and is_main():
+            adapted.save_pretrained(folder / ADAPTER_FOLDER, save_embedding_layers=False)
+            model = adapted.merge_and_unload()
+    finally:
+        if is_main() and last_checkpoint(folder) is None:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return model.eval(), processor, log, curve.points
+
+
+def _cleared(folder: Path, resume: bool) -> Path | None:
+    """The checkpoint to go on from, if any, in a trainer's folder that holds nothing else."""
+    scratch, checkpoint = folder / TRAINER_FOLDER, last_checkpoint(folder) if resume else None
     for left in scratch.iterdir() if scratch.is_dir() else ():
         if left != checkpoint:
             shutil.rmtree(left, ignore_errors=True)
     scratch.mkdir(parents=True, exist_ok=True)
-    try:
-        if checkpoint is None:
-            warm_vision(recipe, source, model.model.vision_tower, processor.image_processor, str(scratch), progress)
-        adapted = set_trainable(model, recipe.training)
-        trainer = AgeVlmTrainer(
-            model,
-            training_arguments(recipe.training, recipe.seed, scratch, progress),
-            train_dataset=source.train,
-            data_collator=AgeVlmCollator(
-                processor,
-                token_grid_size(model, processor),
-                independent_turns=recipe.training.independent_turns,
-                max_length=recipe.training.max_length,
-                image_visibility=model.config.image_visibility,
-            ),
-            callbacks=[*([curve] if curve else []), ResumableCallback()],
-            alignment=recipe.alignment,
-            learning_rates=recipe.training.learning_rates,
-        )
-        log = train(trainer, progress, checkpoint)
-        if adapted is not None:
-            adapted.save_pretrained(folder / ADAPTER_FOLDER, save_embedding_layers=False)
-            model = adapted.merge_and_unload()
-    finally:
-        if last_checkpoint(folder) is None:
-            shutil.rmtree(scratch, ignore_errors=True)
-    return model.eval(), processor, log, curve.points if curve else []
+    return checkpoint
+
+
+def _warmed(
+    recipe: Recipe, source: DataSource, vision_tower, image_processor, scratch: Path, progress: bool
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Weights of the vision encoder after its warm start in this process alone, and where its random numbers stand."""
+    with alone():
+        warm_vision(recipe, source, vision_tower, image_processor, str(scratch), progress)
+    return {name: value.cpu() for name, value in vision_tower.state_dict().items()}, torch.get_rng_state()
+
+
+def _keep_tensorboard(trainer: Trainer, folder: Path) -> None:
+    """TensorBoard's files, if it is reported to, in the run folder and not in the trainer's, which is removed."""
+    if "tensorboard" in trainer.args.report_to:
+        callback = trainer.pop_callback(TensorBoardCallback)
+        callback.logging_dir = callback.logging_dir or str(folder / TENSORBOARD_FOLDER)
+        trainer.add_callback(callback)
+
+
+def _shards(trainer: Trainer) -> bool:
+    """Whether no process has the whole model while it trains."""
+    if trainer.is_deepspeed_enabled:
+        return trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
+    return trainer.is_fsdp_enabled
+
+
+def _load_whole(model: AgeVlmForConditionalGeneration, state: dict[str, torch.Tensor]) -> None:
+    result = model.load_state_dict(state, strict=False)
+    # Of tied weights one name is enough.
+    missing = set(result.missing_keys) - set(model.all_tied_weights_keys)
+    if missing or result.unexpected_keys:
+        raise RuntimeError(f"The gathered weights lack {sorted(missing)} and have {result.unexpected_keys} too many.")

@@ -67,11 +67,26 @@ def run_stages(
         ValueError: one sentence, before anything runs for a stage whose recipe is not the one it was begun with, one that
             was made from another run of the stage before it, or data that is not there.
     """
-    from ..data.sources import check_paths
     from .pipeline import run_recipe
-    from .run import check_run_folder, check_same_recipe, is_complete
+    from .processes import from_main
+    from .run import is_complete
 
     output = Path(output)
+    from_main(_check, stages, output)
+    figures, previous = {}, None
+    for name, recipe in stages.items():
+        folder = output / name
+        begun = (folder / "recipe.yaml").is_file()
+        on_stage(name, "complete already" if is_complete(folder) else "resumed" if begun else "started")
+        figures[name] = run_recipe(recipe, folder, resume=True, previous=previous, progress=progress)["model"]
+        previous = folder / "checkpoint"
+    return figures
+
+
+def _check(stages: dict[str, Recipe], output: Path) -> None:
+    from ..data.sources import check_paths
+    from .run import check_run_folder, check_same_recipe, is_complete
+
     unfinished = None
     for name, recipe in stages.items():
         folder = output / name
@@ -89,12 +104,3 @@ def run_stages(
                 "another folder."
             )
         unfinished = None if is_complete(folder) else folder
-
-    figures, previous = {}, None
-    for name, recipe in stages.items():
-        folder = output / name
-        begun = (folder / "recipe.yaml").is_file()
-        on_stage(name, "complete already" if is_complete(folder) else "resumed" if begun else "started")
-        figures[name] = run_recipe(recipe, folder, resume=True, previous=previous, progress=progress)["model"]
-        previous = folder / "checkpoint"
-    return figures

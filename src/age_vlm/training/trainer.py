@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer
+from accelerate.utils import gather_object
+from transformers import PreTrainedModel, Trainer
+from transformers.utils import logging
 
 from ..data.collator import GROUNDING_KEYS
+from ..data.sample_names import NamedBatches, NamedSamples, unnamed
 from ..evaluation.attention import chosen_heads, picture_attention
 from ..evaluation.metrics import attention_mass, pointing_hit
 from .alignment import AlignmentConfig, alignment_losses
+from .loss_watch import BAD_BATCHES, MOST_IN_A_ROW, BadStep, SpikeWatch, append_bad_step
 from .parts import part_of
+from .processes import EndedElsewhere
+
+
+logger = logging.get_logger(__name__)
 
 
 class AgeVlmTrainer(Trainer):
@@ -26,10 +36,18 @@ class AgeVlmTrainer(Trainer):
         alignment: what is aligned and how; the defaults when left out.
         learning_rates: peak rates of the parts (see `parts.PARTS`) that differ from `args.learning_rate`; all follow the
             same schedule.
+        non_finite: `"stop"` ends the run at a step whose loss or gradient is not finite, before the optimizer takes it;
+            `"skip"` goes on without that step, unless that happens `MOST_IN_A_ROW` times in a row.
+        spike_threshold: see `SpikeWatch`; 0 for no warnings.
+        bad_batches: file for the ids of the samples of steps that are not finite; in `args.output_dir` when left out.
         Others: as for `Trainer`. The collator is an `AgeVlmCollator`, and `remove_unused_columns` must be off.
 
     Logged besides `loss`: `lm_loss`, `alignment_loss`, `attention_mass` (share of the aligned heads' attention inside
     the masks), `pointing_accuracy` (how often their maximum falls on the mask) and `alignment_weight`.
+
+    Raises:
+        ValueError: one sentence: in training, for a sample that cannot be read or made part of a batch, by its id or its
+            number, and for a step that is not finite, with the ids of its samples.
     """
 
     def __init__(
@@ -37,6 +55,9 @@ class AgeVlmTrainer(Trainer):
         *args,
         alignment: AlignmentConfig | None = None,
         learning_rates: Mapping[str, float] | None = None,
+        non_finite: str = "stop",
+        spike_threshold: float = 10.0,
+        bad_batches: Path | None = None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
@@ -47,6 +68,25 @@ class AgeVlmTrainer(Trainer):
         self._sums: dict[str, torch.Tensor] = {}
         self._summed_steps = 0
         self._groundings_in_step: torch.Tensor | None = None
+        if non_finite not in ("stop", "skip"):
+            raise ValueError(f"non_finite: got '{non_finite}', expected 'stop' or 'skip'.")
+        if non_finite == "skip" and self.is_deepspeed_enabled:
+            raise ValueError(
+                "non_finite: got 'skip', expected 'stop': DeepSpeed takes a step before its loss can be read."
+            )
+        self.non_finite = non_finite
+        self.bad_batches = Path(self.args.output_dir) / BAD_BATCHES if bad_batches is None else Path(bad_batches)
+        self._spikes = SpikeWatch(spike_threshold)
+        self._skipped_in_a_row = 0
+        # Of the step that is being made: the ids of each batch, the loss of each, and `_sums` before it.
+        self._step_ids: list[list[str]] = []
+        self._step_losses: list[torch.Tensor] = []
+        self._sums_before: dict[str, torch.Tensor] = {}
+        # accelerate refuses to shard by classes that the model has none of.
+        present = {type(module).__name__ for module in self.model.modules()}
+        for module in self.model.modules():
+            if isinstance(module, PreTrainedModel):
+                module._no_split_modules = set(module._no_split_modules or ()) & present
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         had_one = self.optimizer is not None
@@ -73,8 +113,32 @@ class AgeVlmTrainer(Trainer):
     def _alignment_weight(self, step: int) -> float:
         return self.alignment.weight_at(step, self.state.max_steps)
 
+    def get_train_dataloader(self):
+        samples, collator = self.train_dataset, self.data_collator
+        # Streams have no numbers, and what one process reads for all others is cut up as tensors only.
+        if isinstance(samples, torch.utils.data.IterableDataset) or self.accelerator.dispatch_batches:
+            return super().get_train_dataloader()
+        self.train_dataset, self.data_collator = NamedSamples(samples), NamedBatches(collator, samples)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset, self.data_collator = samples, collator
+
+    def _get_train_sampler(self, train_dataset=None):
+        named = isinstance(train_dataset, NamedSamples)
+        # Samplers that group by length look for a column of the data set.
+        return super()._get_train_sampler(train_dataset.samples if named else train_dataset)
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        batch_samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._step_ids, self._step_losses, self._sums_before = [], [], dict(self._sums)
+
+        def take(batch):
+            # Ids are no tensors: they go no further than this.
+            batch, names = unnamed(batch)
+            self._step_ids.append(names)
+            return batch
+
+        batch_samples, num_items = super().get_batch_samples(map(take, epoch_iterator), num_batches, device)
         count = sum(len(batch["grounding_rows"]) for batch in batch_samples if "grounding_rows" in batch)
         count = torch.tensor(float(count), device=device)
         if self.args.average_tokens_across_devices and self.accelerator.num_processes > 1:
@@ -82,6 +146,66 @@ class AgeVlmTrainer(Trainer):
         self._groundings_in_step = count
         self._summed_steps += 1
         return batch_samples, num_items
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self._step_losses.append(loss)
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Also the last moment before the optimizer: what `non_finite` says is done here."""
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        # The one time in a step that the host waits for the device. Trainer's `logging_nan_inf_filter`, which recipes turn
+        # off for it, waits once for each batch; to look only where the loss is logged would be cheaper still, but by then
+        # the weights are spoilt, and with them the checkpoint that would be gone on from.
+        loss = torch.stack(self._step_losses).float().sum()
+        if self.accelerator.num_processes > 1:
+            # All must come to the same conclusion.
+            loss = self.accelerator.reduce(loss, "mean")
+        norm = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm
+        # DeepSpeed has none before its first step.
+        norm = torch.as_tensor(0.0 if norm is None else norm).to(loss)
+        loss, norm = torch.stack([loss, norm]).tolist()
+        # A scaler of fp16 gradients looks for their limit by going beyond it, and leaves such steps out itself.
+        finite = math.isfinite(loss) and (math.isfinite(norm) or self.accelerator.mixed_precision == "fp16")
+        bad = BadStep(self.state.global_step + 1, loss, norm, [])
+        if not finite:
+            self._refuse(bad)
+            model.zero_grad()  # to None: the optimizer passes over parameters without gradients, its own state too
+            self._sums, self._summed_steps = self._sums_before, self._summed_steps - 1
+            return None
+        self._skipped_in_a_row = 0
+        bad.usual = self._spikes.usual(loss)
+        if bad.usual is not None:
+            bad.sample_ids = gather_object(self._step_ids)
+            logger.warning(f"Step {bad.step}: {bad}.")
+            self._keep("spike", bad)
+        return grad_norm
+
+    def _refuse(self, bad: BadStep) -> None:
+        losses = [math.isfinite(value) for value in torch.stack(self._step_losses).tolist()]
+        # Where it is the gradient that overflowed, any of the batches may have done it.
+        ours = [names for names, finite in zip(self._step_ids, losses) if not finite or math.isfinite(bad.loss)]
+        bad.sample_ids = gather_object(ours)
+        if self.accelerator.is_main_process:
+            append_bad_step(self.bad_batches, bad)
+        self._skipped_in_a_row += 1
+        too_many = self._skipped_in_a_row >= MOST_IN_A_ROW
+        if self.non_finite == "skip" and not too_many:
+            logger.warning(f"Step {bad.step} is skipped: {bad}; see {self.bad_batches}.")
+            self._keep("skipped", bad)
+            return
+        if not self.accelerator.is_main_process:
+            raise EndedElsewhere
+        times = f", the {MOST_IN_A_ROW}th step in a row," if too_many and self.non_finite == "skip" else ""
+        advice = "" if self.non_finite == "skip" else "; training.non_finite=skip leaves such steps out"
+        raise ValueError(
+            f"training: at step {bad.step}{times} {bad}, expected finite numbers ({self.bad_batches}{advice})."
+        )
+
+    def _keep(self, event: str, bad: BadStep) -> None:
+        # Not by `log`: trackers take numbers only.
+        self.state.log_history.append({"event": event, **bad.record()})
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)

@@ -76,6 +76,8 @@ def warm_start(
         seed=seed,
         disable_tqdm=not progress,
     )
+    # As in the run that it is part of: one process, one GPU.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
     trainer = Trainer(VisionClassifier(vision_tower, labels), arguments, train_dataset=tensors)
     for callback in (ProgressCallback, PrinterCallback) if not progress else ():
         trainer.remove_callback(callback)

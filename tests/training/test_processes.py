@@ -1,0 +1,319 @@
+"""Runs of two processes, as `accelerate launch` starts them, against the run of one with the same samples in each step."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from importlib.util import find_spec
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+from age_vlm.data.schema import FEATURES, assistant_message, user_message
+from age_vlm.data.sources import load_sources
+from age_vlm.training.recipe import load_recipe
+
+
+pytestmark = pytest.mark.timeout(900)
+
+CONFIGURATIONS = Path(__file__).parents[2] / "examples" / "accelerate"
+SMALL = {
+    "text_config": {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": True,
+    },
+    "cross_attention_layers": [0, 1],
+}
+
+# As `accelerate launch` would, but forked after all imports, which take longer than the runs: arguments are jobs in JSON.
+LAUNCHER = textwrap.dedent(
+    """
+    import json, os, signal, sys, time, traceback
+    from pathlib import Path
+    import torch
+    from accelerate import PartialState
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils import DistributedType
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+    from age_vlm.cli import main
+    import age_vlm.ask, age_vlm.training.pipeline
+
+    def environment(job):
+        if job["configuration"] is None:
+            return [os.environ]
+        words = ["--config_file", job["configuration"], "-m", "age_vlm", *job["words"]]
+        arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
+        if arguments.use_deepspeed:
+            arguments.deepspeed_fields_from_accelerate_config = ""
+            variables = prepare_deepspeed_cmd_env(arguments)[1]
+        else:
+            variables = prepare_multi_gpu_env(arguments)
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(arguments.main_process_port), "WORLD_SIZE": "2"}
+        return [variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+
+    def run(job, variables, name):
+        os.environ.clear()
+        os.environ.update(variables)
+        torch.set_num_threads(1)
+        for number, stream in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{name}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        if job.get("as_gpu"):
+            # accelerate shards on GPUs only: the processor is passed off as one.
+            os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+            torch.distributed.init_process_group("gloo")
+            backend = PartialState._prepare_backend
+            PartialState._prepare_backend = lambda *arguments: (
+                ("gloo", DistributedType.MULTI_GPU) if "LOCAL_RANK" in os.environ else backend(*arguments)
+            )
+        if "zero" in (job["configuration"] or ""):
+            import deepspeed
+            # It would compile C++ first, for exchange between processors.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        try:
+            code = main(job["words"])
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 0)
+
+    codes = {}
+    for job in json.loads(sys.argv[1]):
+        ranks = {}
+        for rank, variables in enumerate(environment(job)):
+            pid = os.fork()
+            if not pid:
+                run(job, dict(variables), f"{job['name']}.{rank}")
+            ranks[pid] = rank
+        codes[job["name"]] = [None] * len(ranks)
+        while ranks:
+            time.sleep(0.02)
+            if Path(job.get("kill_at", "nowhere")).exists():
+                for pid in ranks:
+                    os.kill(pid, signal.SIGKILL)
+            for pid in list(ranks):
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    codes[job["name"]][ranks.pop(pid)] = os.waitstatus_to_exitcode(status)
+    print(json.dumps(codes))
+    """
+)
+
+
+def job(name, configuration, recipe, output, *words, **options):
+    path = None if configuration is None else str(CONFIGURATIONS / configuration)
+    words = ["train", str(recipe), *words, "--output", str(output)]
+    return {"name": name, "configuration": path, "words": words, **options}
+
+
+def launch(folder, jobs):
+    """Exit codes of the processes of each job; what they print is in `<job>.<rank>.out` and `.err`."""
+    (folder / "launcher.py").write_text(LAUNCHER)
+    command = [sys.executable, str(folder / "launcher.py"), json.dumps(jobs)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def said(folder, name):
+    return "".join((folder / f"{name}.{rank}.err").read_text()[-3000:] for rank in range(2))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """With `recipe.yaml`: drawn scenes and a few texts without a picture."""
+    folder = tmp_path_factory.mktemp("processes")
+    text = {
+        "id": "text",
+        "images": [],
+        "messages": [user_message("is a dog an animal"), assistant_message("yes")],
+        "groundings": [],
+    }
+    datasets.Dataset.from_list([text] * 4, features=FEATURES).save_to_disk(folder / "texts")
+    values = {
+        "name": "processes",
+        "seed": 3,
+        "model": {"config": SMALL},
+        "data": {"train": 16, "validation": 1, "test": 1},
+        "mix": [{"kind": "dataset", "path": str(folder / "texts"), "held_out": 0.0, "weight": 0.12}],
+        "warm_start": {"steps": 1, "batch_size": 4},
+        "training": {
+            "steps": 5,
+            "batch_size": 1,
+            "log_every": 1,
+            "evaluate_every": 2,
+            "save_every": 2,
+            "language_model": "lora",
+        },
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(folder):
+    """The run of one process, with the samples of both in each step."""
+    recipe, words = folder / "recipe.yaml", ["training.batch_size=2"]
+    # One sample without a picture: in its step one process has a picture and a mask, and the other neither.
+    drawn = load_sources(load_recipe(recipe, words)).train
+    assert sum(not drawn[index]["images"] for index in range(len(drawn))) == 1
+    assert launch(folder, [job("one", None, recipe, folder / "one", *words)]) == {"one": [0]}
+    return folder / "one"
+
+
+def assert_same_run(one, several):
+    """Curves up to rounding. Adam turns the rounding of gradients that are near zero into whole steps: weights differ more."""
+    logs = [(run / "log.jsonl").read_text("utf-8").splitlines() for run in (one, several)]
+    lines, others = ([json.loads(line) for line in log] for log in logs)
+    assert [line["step"] for line in others] == [1, 2, 3, 4, 5, 5] == [line["step"] for line in lines]
+    for line, other in zip(lines[:-1], others[:-1]):
+        assert line.keys() == other.keys() and "alignment_loss" in line
+        for name, value in line.items():
+            assert other[name] == pytest.approx(value, rel=1e-4, abs=1e-6), (line["step"], name)
+    records = [json.loads((run / "metrics.json").read_text("utf-8")) for run in (one, several)]
+    first, second = (record["validation_curve"] for record in records)
+    assert [point["step"] for point in second] == [2, 4, 5]
+    for point, other in zip(first, second):
+        assert other == pytest.approx(point, rel=1e-4)
+    assert {path.name for path in one.iterdir()} == {path.name for path in several.iterdir()}
+    for name in ("checkpoint/model.safetensors", "adapter/adapter_model.safetensors"):
+        whole, other = (load_file(run / name) for run in (one, several))
+        assert whole.keys() == other.keys()
+        for key, value in whole.items():
+            assert value.dtype == other[key].dtype
+            torch.testing.assert_close(
+                other[key], value, rtol=1e-3, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}"
+            )
+    assert records[1]["environment"]["processes"] == 2
+    AutoModelForImageTextToText.from_pretrained(several / "checkpoint")
+
+
+@pytest.mark.parametrize(
+    "name, kind, expected",
+    [
+        ("ddp.yaml", "MULTI_GPU", {}),
+        (
+            "fsdp2.yaml",
+            "FSDP",
+            {
+                "ACCELERATE_USE_FSDP": "true",
+                "FSDP_VERSION": "2",
+                "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+                "FSDP_RESHARD_AFTER_FORWARD": "true",
+                "FSDP_OFFLOAD_PARAMS": "false",
+                "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+                "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+            },
+        ),
+        ("zero2.yaml", "DEEPSPEED", {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}),
+        (
+            "zero3.yaml",
+            "DEEPSPEED",
+            {
+                "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+                "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
+                "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+                "ACCELERATE_GRADIENT_CLIPPING": "auto",
+            },
+        ),
+    ],
+)
+def test_accelerate_reads_the_files_as_they_are_meant(name, kind, expected):
+    path = CONFIGURATIONS / name
+    words = ["--config_file", str(path), "-m", "age_vlm", "train", "recipe.yaml"]
+    arguments, configuration, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    assert configuration.distributed_type == kind and arguments.num_processes == 2
+    assert not configuration.use_cpu and arguments.mixed_precision == "no"
+    if kind == "DEEPSPEED":
+        arguments.deepspeed_fields_from_accelerate_config = ""
+        variables = prepare_deepspeed_cmd_env(arguments)[1]
+    else:
+        variables = prepare_multi_gpu_env(arguments)
+    assert {key: variables.get(key) for key in expected} == expected
+    for line in path.read_text("utf-8").splitlines():
+        if line.startswith("  "):
+            assert "#" in line or "zero_stage" in line or "fsdp_version" in line or "zero3_init" in line, line
+
+
+def test_ddp_killed_and_resumed_by_accelerate_is_the_run_of_one(folder, one):
+    recipe, output = folder / "recipe.yaml", folder / "ddp"
+    kill_at = str(output / "trainer" / "checkpoint-2" / "whole")
+    codes = launch(folder, [job("killed", "ddp.yaml", recipe, output, kill_at=kill_at)])
+    assert codes == {"killed": [-9, -9]}, said(folder, "killed")
+    assert not (output / "metrics.json").exists()
+
+    words = ["launch", "--config_file", str(CONFIGURATIONS / "ddp.yaml"), "-m", "age_vlm"]
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *words]
+    command += ["train", str(recipe), "--output", str(output), "--resume"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_run(one, output)
+    assert done.stdout.count("Checkpoint: ") == 1
+
+    # What is wrong ends both, and is said once.
+    missing = folder / "missing.yaml"
+    missing.write_text("data: {kind: dataset, path: nowhere/at/all}\n")
+    jobs = [
+        job("exists", "ddp.yaml", recipe, output),
+        job("no data", "ddp.yaml", missing, folder / "new"),
+    ]
+    assert launch(folder, jobs) == {"exists": [2, 2], "no data": [2, 2]}
+    for name, words in (("exists", "run folder: '.*ddp' exists"), ("no data", "data.path: 'nowhere/at/all'")):
+        assert len(re.findall(f"age-vlm: {words}", said(folder, name))) == 1, said(folder, name)
+    assert not (folder / "new").exists()
+
+
+def test_a_run_is_resumed_by_as_many_processes(folder):
+    recipe, output = folder / "recipe.yaml", folder / "other"
+    kill_at = str(output / "trainer" / "checkpoint-2" / "whole")
+    jobs = [
+        job("alone", None, recipe, output, kill_at=kill_at),
+        job("two", "ddp.yaml", recipe, output, "--resume"),
+        job("fsdp", "fsdp2.yaml", recipe, output, "--resume"),
+    ]
+    assert launch(folder, jobs) == {"alone": [-9], "two": [2, 2], "fsdp": [2, 2]}
+    assert said(folder, "two").count("was begun by 1 process (no launcher), expected the same to resume it") == 1
+    assert said(folder, "fsdp").count("accelerate: got FSDP on processors, expected DDP") == 1
+
+
+SHARDED = [
+    "fsdp2.yaml",
+    *(
+        pytest.param(name, marks=pytest.mark.skipif(not find_spec("deepspeed"), reason="deepspeed is not installed"))
+        for name in ("zero2.yaml", "zero3.yaml")
+    ),
+]
+
+
+@pytest.mark.parametrize("configuration", SHARDED)
+def test_sharded_killed_and_resumed_it_is_the_run_of_one(folder, one, configuration):
+    recipe, output = folder / "recipe.yaml", folder / configuration.removesuffix(".yaml")
+    kill_at = str(output / "trainer" / "checkpoint-2" / "whole")
+    jobs = [
+        job("killed", configuration, recipe, output, kill_at=kill_at, as_gpu=True),
+        job("resumed", configuration, recipe, output, "--resume", as_gpu=True),
+    ]
+    codes = launch(folder, jobs)
+    assert codes == {"killed": [-9, -9], "resumed": [0, 0]}, said(folder, "resumed")
+    assert_same_run(one, output)
+    assert (folder / "resumed.1.out").read_text() == ""
