@@ -33,7 +33,7 @@ class PlacedImages:
 
 
 # `torch.export` of the language model alone, as transformers' exporters do for generation, takes tensors out of it.
-torch.export.register_dataclass(PlacedImages)
+torch.export.register_dataclass(PlacedImages, serialized_type_name=f"{__name__}.PlacedImages")
 
 
 def place_images(

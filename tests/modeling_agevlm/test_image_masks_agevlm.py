@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils import _pytree as pytree
 
 from age_vlm.modeling_agevlm.cache_agevlm import NO_IMAGE
 from age_vlm.modeling_agevlm.image_masks_agevlm import (
@@ -85,3 +86,16 @@ def test_offset_moves_new_pictures_behind_the_cached_text():
 def test_positions_without_a_batch_dimension_are_every_row_s(batch):
     starts = packed_starts(torch.tensor([[0, 1, 0, 1, 2]]), batch)
     assert starts.tolist() == [[0, 0, 2, 2, 2]] * batch
+
+
+def test_placed_pictures_can_be_exported():
+    """`torch.export` takes the tensors out, writes down what is left, and puts them back."""
+    placed = place_images(torch.tensor([[True, False, True], [False, True, False]]))
+    tensors, rest = pytree.tree_flatten(placed)
+    assert len(tensors) == 2 and all(isinstance(tensor, torch.Tensor) for tensor in tensors)
+    again = pytree.tree_unflatten(tensors, pytree.treespec_loads(pytree.treespec_dumps(rest)))
+    assert (
+        again.slots is None
+        and torch.equal(again.index, placed.index)
+        and torch.equal(again.positions, placed.positions)
+    )

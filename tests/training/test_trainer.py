@@ -282,17 +282,25 @@ def test_a_block_that_is_not_there_is_one_sentence(make_trainer):
 # Packing
 
 
+def uneven():
+    """Long and short samples in turn."""
+    for sample in TALKS:
+        images = len(sample["images"])
+        short = [user_message("dog?", images), assistant_message("no" * (1 + int(sample["id"]) % 3))]
+        yield sample if int(sample["id"]) % 2 else {**sample, "messages": short, "groundings": []}
+
+
 @pytest.mark.parametrize("independent", [True, False])
 @pytest.mark.parametrize("batch, accumulation", [(8, 1), (3, 2)])
 def test_packed_batches_train_as_padded_ones(make_trainer, processor, independent, batch, accumulation):
-    weights, logs = [], []
+    talks, weights, logs = list(uneven()), [], []
     for packing in (False, True):
-        trainer = make_trainer(batch=batch, accumulation=accumulation, steps=2)
+        trainer = make_trainer(batch=batch, accumulation=accumulation, steps=2, talks=talks)
         trainer.data_collator = AgeVlmCollator(
             processor, trainer.data_collator.grid, independent_turns=independent, packing=packing, pack_length=600
         )
-        rows = trainer.data_collator(TALKS)["input_ids"].shape[0]
-        assert rows < 8 if packing else rows == 8
+        rows = [len(trainer.data_collator(part)["input_ids"]) for part in (talks, talks[:3])]
+        assert (rows < [8, 3] and rows[1] < 3) if packing else rows == [8, 3]
         weights.append(weights_after(trainer))
         logs.append(trainer.state.log_history)
     assert_same(*weights, rtol=1e-4, atol=1e-5)
