@@ -15,6 +15,7 @@ from age_vlm import AgeVlmConfig, AgeVlmForConditionalGeneration, AgeVlmProcesso
 from age_vlm.processing import whole_image_processor
 
 
+VERBOSITY = logging.get_verbosity()
 IMAGE_SIZE = 32
 SPECIAL_TOKENS = (
     "<|begin_of_text|>",
@@ -60,9 +61,8 @@ IMAGE_TOKEN_ID = SPECIAL_TOKENS.index("<|reserved_special_token_0|>")
 def _as_if_alone():
     """Every test starts from one seed, and with what transformers says by default: commands turn it down."""
     torch.manual_seed(0)
-    verbosity = logging.get_verbosity()
+    logging.set_verbosity(VERBOSITY)
     yield
-    logging.set_verbosity(verbosity)
 
 
 @pytest.fixture(scope="session")
