@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import textwrap
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -136,7 +135,7 @@ def launch(folder, jobs):
 
 
 def said(folder, name):
-    return "".join((folder / f"{name}.{rank}.err").read_text()[-3000:] for rank in range(2))
+    return "".join(path.read_text()[-3000:] for path in sorted(folder.glob(f"{name}.*.err")))
 
 
 @pytest.fixture(scope="module")
@@ -171,19 +170,39 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def one(folder):
-    """Overrides -> the run of one process, with the samples of both in each step."""
-
-    @cache
-    def run(*words):
-        recipe, output = folder / "recipe.yaml", folder / f"one{len(words)}"
-        assert launch(folder, [job("one", None, recipe, output, "training.batch_size=2", *words)]) == {"one": [0]}
-        return output
-
+def codes(folder):
+    """Job -> exit codes, of all runs at once: imports take longer than the runs."""
+    recipe, missing = folder / "recipe.yaml", folder / "missing.yaml"
+    missing.write_text("data: {kind: dataset, path: nowhere/at/all}\n")
+    both = ["training.batch_size=2"]
     # One sample without a picture: in its step one process has a picture and a mask, and the other neither.
-    drawn = load_sources(load_recipe(folder / "recipe.yaml", ["training.batch_size=2"])).train
+    drawn = load_sources(load_recipe(recipe, both)).train
     assert sum(not drawn[index]["images"] for index in range(len(drawn))) == 1
-    return run
+
+    def killed(name, configuration, *words, **options):
+        kill_at = str(folder / name / "trainer" / "checkpoint-2" / "whole")
+        return job(f"{name} killed", configuration, recipe, folder / name, *words, kill_at=kill_at, **options)
+
+    jobs = [
+        job("one", None, recipe, folder / "one", *both),
+        killed("ddp", "ddp.yaml"),
+        job("by one", None, recipe, folder / "ddp", "--resume"),
+        job("sharded", "fsdp2.yaml", recipe, folder / "ddp", "--resume"),
+        job("exists", "ddp.yaml", recipe, folder / "one"),
+        job("no data", "ddp.yaml", missing, folder / "new"),
+    ]
+    if find_spec("deepspeed"):
+        jobs.append(job("one alike", None, recipe, folder / "one alike", *both, *ALIKE))
+    for name, words in SHARDED.items():
+        if name == "fsdp2" or find_spec("deepspeed"):
+            again = job(f"{name} resumed", f"{name}.yaml", recipe, folder / name, *words, "--resume", as_gpu=True)
+            jobs += [killed(name, f"{name}.yaml", *words, as_gpu=True), again]
+    return launch(folder, jobs)
+
+
+# ZeRO-3 waits forever where one process alone has no picture: the processes have to run their modules in one order.
+ALIKE = ["mix=[]"]
+SHARDED = {"fsdp2": [], "zero2": [], "zero3": ALIKE}
 
 
 def assert_same_run(one, several):
@@ -260,68 +279,39 @@ def test_accelerate_reads_the_files_as_they_are_meant(name, kind, expected):
             assert "#" in line or "zero_stage" in line or "fsdp_version" in line or "zero3_init" in line, line
 
 
-def test_ddp_killed_and_resumed_by_accelerate_is_the_run_of_one(folder, one):
-    recipe, output = folder / "recipe.yaml", folder / "ddp"
-    kill_at = str(output / "trainer" / "checkpoint-2" / "whole")
-    codes = launch(folder, [job("killed", "ddp.yaml", recipe, output, kill_at=kill_at)])
-    assert codes == {"killed": [-9, -9]}, said(folder, "killed")
-    assert not (output / "metrics.json").exists()
-
+def test_ddp_killed_and_resumed_by_accelerate_is_the_run_of_one(folder, codes):
+    assert codes["one"] == [0] and codes["ddp killed"] == [-9, -9], said(folder, "ddp killed")
+    assert not (folder / "ddp" / "metrics.json").exists()
     words = ["launch", "--config_file", str(CONFIGURATIONS / "ddp.yaml"), "-m", "age_vlm"]
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *words]
-    command += ["train", str(recipe), "--output", str(output), "--resume"]
+    command += ["train", str(folder / "recipe.yaml"), "--output", str(folder / "ddp"), "--resume"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert_same_run(one(), output)
+    assert_same_run(folder / "one", folder / "ddp")
     assert done.stdout.count("Checkpoint: ") == 1
-
-    # What is wrong ends both, and is said once.
-    missing = folder / "missing.yaml"
-    missing.write_text("data: {kind: dataset, path: nowhere/at/all}\n")
-    jobs = [
-        job("exists", "ddp.yaml", recipe, output),
-        job("no data", "ddp.yaml", missing, folder / "new"),
-    ]
-    assert launch(folder, jobs) == {"exists": [2, 2], "no data": [2, 2]}
-    for name, words in (("exists", "run folder: '.*ddp' exists"), ("no data", "data.path: 'nowhere/at/all'")):
-        assert len(re.findall(f"age-vlm: {words}", said(folder, name))) == 1, said(folder, name)
-    assert not (folder / "new").exists()
-
-
-def test_a_run_is_resumed_by_as_many_processes(folder):
-    recipe, output = folder / "recipe.yaml", folder / "other"
-    kill_at = str(output / "trainer" / "checkpoint-2" / "whole")
-    jobs = [
-        job("alone", None, recipe, output, kill_at=kill_at),
-        job("two", "ddp.yaml", recipe, output, "--resume"),
-        job("fsdp", "fsdp2.yaml", recipe, output, "--resume"),
-    ]
-    assert launch(folder, jobs) == {"alone": [-9], "two": [2, 2], "fsdp": [2, 2]}
-    assert said(folder, "two").count("was begun by 1 process (no launcher), expected the same to resume it") == 1
-    assert said(folder, "fsdp").count("accelerate: got FSDP on processors, expected DDP") == 1
-
-
-DEEPSPEED = pytest.mark.skipif(not find_spec("deepspeed"), reason="deepspeed is not installed")
 
 
 @pytest.mark.parametrize(
-    "configuration, words",
+    "name, words",
     [
-        ("fsdp2.yaml", []),
-        pytest.param("zero2.yaml", [], marks=DEEPSPEED),
-        # Where one process alone has no picture, ZeRO-3 waits forever: each expects the other to run its modules in one order.
-        pytest.param("zero3.yaml", ["mix=[]"], marks=DEEPSPEED),
+        ("exists", "run folder: '.*one' exists, expected a new one"),
+        ("no data", "data.path: 'nowhere/at/all'"),
+        ("by one", r"run folder: '.*ddp' was begun by 2 processes \(DDP\), expected the same to resume it, got 1"),
+        ("sharded", "accelerate: got FSDP on processors, expected DDP"),
     ],
 )
-def test_sharded_killed_and_resumed_it_is_the_run_of_one(folder, one, configuration, words):
-    recipe, output = folder / "recipe.yaml", folder / configuration.removesuffix(".yaml")
-    kill_at = str(output / "trainer" / "checkpoint-2" / "whole")
-    jobs = [
-        job("killed", configuration, recipe, output, *words, kill_at=kill_at, as_gpu=True),
-        job("resumed", configuration, recipe, output, *words, "--resume", as_gpu=True),
-    ]
-    codes = launch(folder, jobs)
-    assert codes == {"killed": [-9, -9], "resumed": [0, 0]}, said(folder, "resumed")
-    assert_same_run(one(*words), output)
-    assert (folder / "resumed.1.out").read_text() == ""
+def test_what_is_wrong_ends_all_processes_and_is_said_once(folder, codes, name, words):
+    assert set(codes[name]) == {2}, said(folder, name)
+    lines = [line for line in said(folder, name).splitlines() if line.startswith("age-vlm: ")]
+    assert len(lines) == 1 and re.match(f"age-vlm: {words}", lines[0]), said(folder, name)
+    assert not (folder / "new").exists()
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_sharded_killed_and_resumed_it_is_the_run_of_one(folder, codes, name):
+    if f"{name} killed" not in codes:
+        pytest.skip("deepspeed is not installed")
+    assert codes[f"{name} killed"] == [-9, -9] and codes[f"{name} resumed"] == [0, 0], said(folder, f"{name} resumed")
+    assert_same_run(folder / ("one alike" if SHARDED[name] == ALIKE else "one"), folder / name)
+    assert (folder / f"{name} resumed.1.out").read_text() == ""

@@ -64,6 +64,7 @@ def join() -> None:
         warnings.simplefilter("ignore")
         logging.set_verbosity_error()
     if state.distributed_type == DistributedType.MULTI_CPU and engine() != "DDP":
+        state.wait_for_everyone()  # one that ended now would break the connection of one that is still to be made
         if not is_main():
             raise EndedElsewhere
         raise ValueError(f"accelerate: got {engine()} on processors, expected DDP: it shards on GPUs only.")
