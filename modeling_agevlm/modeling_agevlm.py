@@ -15,6 +15,7 @@ from ..configuration.configuration_agevlm import AgeVlmConfig, unknown_option
 from .cross_attention_agevlm import AgeVlmGate, AgeVlmTextModel, AgeVlmTextModelOutput, nothing_placed
 from .image_masks_agevlm import place_images
 from .vision_agevlm import (
+    AgeVlmTimmWrapperModel,
     AgeVlmMultiModalProjector,
     AgeVlmProjection,
     drop_unused_head,
@@ -80,6 +81,13 @@ class AgeVlmPreTrainedModel(PreTrainedModel):
             init.constant_(module.weight, module.start)
         elif isinstance(module, AgeVlmProjection):
             init.normal_(module.weight, std=module.in_features**-0.5)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args, **kwargs) -> None:
+        super()._set_gradient_checkpointing(enable, *args, **kwargs)
+        # transformers switches its own layers, and leaves out an encoder of timm inside another model.
+        for module in self.modules():
+            if isinstance(module, AgeVlmTimmWrapperModel) and module.supports_gradient_checkpointing:
+                module._set_gradient_checkpointing(enable)
 
     @classmethod
     def is_custom_code(cls) -> bool:

@@ -421,6 +421,39 @@ def test_gates_start_where_the_configuration_says(make_model):
 CLIP = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32}
 
 
+def kept_for_backward(model, batch) -> int:
+    """Elements that the vision encoder's forward pass keeps for its backward pass."""
+    kept = 0
+
+    def keep(tensor):
+        nonlocal kept
+        kept += tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.get_image_features(batch["pixel_values"])
+    return kept
+
+
+@pytest.mark.parametrize(
+    "vision",
+    [
+        {},
+        {"architecture": "convnext_atto", "model_args": {"depths": [2, 1, 1, 1], "dims": [8, 16, 16, 16]}},
+        {"model_type": "clip_vision_model", "patch_size": 8, **CLIP},
+    ],
+    ids=["timm's feature maps", "timm", "transformers"],
+)
+def test_gradient_checkpointing_reaches_the_vision_encoder(make_model, make_batch, vision):
+    batch = make_batch((2, 1))
+    model = make_model(**({"vision_config": {"model_type": "timm_wrapper", **vision}} if vision else {})).train()
+    without = kept_for_backward(model, batch)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert kept_for_backward(model, batch) < 0.8 * without
+    model.gradient_checkpointing_disable()
+    assert kept_for_backward(model, batch) == without
+
+
 @pytest.mark.parametrize(
     "changes", [{}, {"vision_config": {"model_type": "clip_vision_model", "patch_size": 8, **CLIP}}]
 )
