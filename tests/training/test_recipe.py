@@ -210,6 +210,7 @@ def test_a_misspelt_key_is_named_with_a_nearest_valid_one(key, data):
         ("data.masks=none", "^data.masks: got 'none'"),
         ("data.test=0", "^data.test: got 0, expected at least 1"),
         ("data.crop=[3]", "^data.crop: got .3., expected a width and a height"),
+        ("data.min_side=0", "^data.min_side: got 0.0, expected a share above 0 and up to 1"),
         ("model.preset=age-vlm-tniy", "^model.preset: got 'age-vlm-tniy', .*nearest: 'age-vlm-tiny'"),
         ("model.text=somewhere", "^model.text, model.vision: got one without the other"),
         ("alignment.form=kll", "^alignment.form: got 'kll', .*nearest: '(kl|nll)'"),

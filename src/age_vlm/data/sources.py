@@ -149,18 +149,18 @@ def _label_maps(recipe: DataRecipe, seed: int, evaluation: bool) -> DataSource:
 
     maps = LabelMaps(recipe.images, recipe.labels, recipe.classes, ignore=recipe.ignore, instances=recipe.instances)
     split = maps.split(recipe.held_out)
-    size = tuple(recipe.crop)
+    crops = {"size": tuple(recipe.crop), "min_side": recipe.min_side}
     source = DataSource(
-        train=LabelMapsDataset(split.train, length=recipe.train, seed=seed, size=size, texts=recipe.texts),
+        train=LabelMapsDataset(split.train, length=recipe.train, seed=seed, texts=recipe.texts, **crops),
         validation=[],
         test=[],
         texts=lambda: label_map_texts(recipe.classes),
-        prior=class_prior(split.train, size=size),
+        prior=class_prior(split.train, **crops),
     )
     if evaluation:
-        statistics = class_statistics(split.train, size=size)
+        statistics = class_statistics(split.train, **crops)
         source.validation, source.test = (
-            _spread(label_map_items(part, statistics, size=size, per_frame=recipe.crops_per_frame), number)
+            _spread(label_map_items(part, statistics, per_frame=recipe.crops_per_frame, **crops), number)
             for part, number in ((split.validation, recipe.validation), (split.test, recipe.test))
         )
     return source

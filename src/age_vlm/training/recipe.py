@@ -75,6 +75,7 @@ class DataRecipe:
     classes: list[str] | None = None
     ignore: list[int] = field(default_factory=list)
     crop: list[int] = field(default_factory=lambda: [256, 192])
+    min_side: float = 0.45
     path: str | None = None
     split: str = "train"
     held_out: float = 0.2
@@ -98,6 +99,8 @@ class DataRecipe:
             )
         if len(self.crop) != 2:
             raise ValueError(f"data.crop: got {self.crop}, expected a width and a height.")
+        if not 0 < self.min_side <= 1:
+            raise ValueError(f"data.min_side: got {self.min_side}, expected a share above 0 and up to 1.")
         if not 0 <= self.held_out < 1 or (self.kind == "label_maps" and not self.held_out):
             lowest = "above" if self.kind == "label_maps" else "from"
             raise ValueError(f"data.held_out: got {self.held_out}, expected a share, {lowest} 0 and below 1.")
