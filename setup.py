@@ -16,7 +16,7 @@ CHECKPOINT_CODE = {
 INSTALL_REQUIRES = [
     "torch>=2.6,<3",  # first release whose SDPA and flex attention transformers 5 relies on
     "torchvision>=0.21,<1",  # goes with torch 2.6; timm and the image processors need it
-    "transformers>=5.16,<6",  # the cache and generation hooks of 5.16; a new major breaks model code
+    "transformers>=5.16.1,<6",  # the cache hooks of 5.16, and of 5.16.1 `tp_plan="auto"`; a new major breaks model code
     "timm>=1.0.21,<2",  # first release whose ConvNeXt can be built on the meta device
     "datasets>=4.0,<6",  # `List` features
     "accelerate>=1.10,<2",  # required by transformers.Trainer 5
@@ -39,8 +39,15 @@ EXTRAS_REQUIRE = {
     # the `sam2` package of Meta builds from source against the installed torch
     "sam2": ["sam2>=1.1"],
     # hqq quantises caches on a CPU, where optimum-quanto first compiles C++ for over a minute
-    # tensorboard to read back what was logged
-    "test": ["pytest>=8", "hypothesis>=6.100", "pytest-timeout>=2.3", "hqq>=0.2.8,<1", "tensorboard>=2.18,<3"],
+    # tensorboard to read back what was logged; torch 2.6 compiles flex attention with setuptools
+    "test": [
+        "pytest>=8",
+        "hypothesis>=6.100",
+        "pytest-timeout>=2.3",
+        "hqq>=0.2.8,<1",
+        "tensorboard>=2.18,<3",
+        "setuptools>=77",
+    ],
     "dev": ["ruff>=0.14,<1", "pre-commit>=4", "build>=1.2", "nox[uv]>=2025.2"],
 }
 EXTRAS_REQUIRE["dev"] += EXTRAS_REQUIRE["test"]
