@@ -15,7 +15,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
-from itertools import groupby
 from pathlib import Path
 
 import datasets
@@ -23,14 +22,12 @@ import numpy as np
 from ablation import arm_recipe, run_all, run_arm, save_result
 from pycocotools import mask as coco
 from tables import environment_name, write_csv, write_markdown
-from torch.utils.data import Dataset
 from train_tiny_sam import box_of
 
-from age_vlm.data.converters.geometry import union
 from age_vlm.data.masks import decode_mask, encode_mask
 from age_vlm.data.scene_questions import scene_sample
 from age_vlm.data.scenes import Scene, draw_scene
-from age_vlm.data.schema import FEATURES, Grounding, Sample, grounding
+from age_vlm.data.schema import FEATURES, Sample, grounding
 from age_vlm.data.sources import DataSource, load_source
 from age_vlm.evaluation.benchmark import answer_metrics
 from age_vlm.grounding import load_teacher
@@ -165,29 +162,9 @@ def grounded_samples(masks: Path) -> datasets.Dataset:
     return load_source(recipe, 0, evaluation=False).train
 
 
-class MaskOfAPhrase(Dataset):
-    """Samples in which the masks of all that a phrase names, one for each box, are one mask, as exact ones are."""
-
-    def __init__(self, samples: datasets.Dataset) -> None:
-        self.samples = samples
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Sample:
-        sample = self.samples[index]
-        places = groupby(sorted(sample["groundings"], key=_place), key=_place)
-        merged = [grounding(*place, union([item["mask"] for item in items])) for place, items in places]
-        return {**sample, "groundings": merged}
-
-
-def _place(item: Grounding) -> tuple[int, int, int, int]:
-    return item["message"], item["start"], item["end"], item["image"]
-
-
 def with_masks_of(masks: Path, source: DataSource) -> DataSource:
     """The source with the grounded samples of a folder to train on, which are of the same scenes."""
-    return dataclasses.replace(source, train=MaskOfAPhrase(grounded_samples(masks)))
+    return dataclasses.replace(source, train=grounded_samples(masks))
 
 
 def row(result: dict) -> dict:

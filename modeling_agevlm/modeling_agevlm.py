@@ -15,9 +15,9 @@ from ..configuration.configuration_agevlm import AgeVlmConfig, unknown_option
 from .cross_attention_agevlm import AgeVlmGate, AgeVlmTextModel, AgeVlmTextModelOutput, nothing_placed
 from .image_masks_agevlm import place_images
 from .vision_agevlm import (
-    AgeVlmTimmWrapperModel,
     AgeVlmMultiModalProjector,
     AgeVlmProjection,
+    AgeVlmTimmWrapperModel,
     drop_unused_head,
     feature_map,
     image_shape,

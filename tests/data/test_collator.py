@@ -157,6 +157,24 @@ def test_the_last_or_every_token_of_a_phrase_is_aligned(processor, make_collator
         make_collator(phrase_rows="first")
 
 
+def test_masks_of_one_phrase_are_one_mask(make_collator):
+    messages = turns(("three men?", "yes"))
+    size = (64, 48)
+    parts = [box(size, 0, 0, 21, 30), box(size, 17, 5, 40, 48), box(size, 50, 0, 64, 7)]
+    groundings = [phrase(messages, 0, "three men", size=size, mask=mask) for mask in parts]
+    whole = phrase(messages, 0, "three men", size=size, mask=parts[0] | parts[1] | parts[2])
+    image = Image.new("RGB", size)
+    batch, expected = (make_collator()([sample(messages, [image], each)]) for each in (groundings, [whole]))
+    assert len(batch["grounding_coverage"]) == 1
+    for key, value in expected.items():
+        assert torch.equal(batch[key], value), key
+    # The same phrase in another picture is a grounding of its own.
+    messages[0]["content"].insert(0, {"type": "image", "text": None})
+    groundings = [phrase(messages, 0, "three men", image=number, size=size, mask=parts[number]) for number in (0, 1)]
+    batch = make_collator(image_visibility="all")([sample(messages, [image, image], groundings)])
+    assert len(batch["grounding_coverage"]) == 2
+
+
 def test_packed_groundings_point_at_their_own_turn(processor, make_collator):
     talk = turns(("a dog?", "a dog"), ("a dog?", "a dog"))
     groundings = [phrase(talk, message, "dog") for message in range(4)]

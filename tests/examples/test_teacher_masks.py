@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from age_vlm.data.collator import AgeVlmCollator
 from age_vlm.data.masks import decode_mask, encode_mask
 from age_vlm.data.scene_questions import scene_sample
 from age_vlm.data.scenes import draw_scene
@@ -59,19 +60,16 @@ def with_exact_masks(example, index: int, spoil=lambda mask: mask) -> dict:
     return {**sample, "groundings": found}
 
 
-def test_a_perfect_teacher_gives_the_samples_of_the_exact_run(example):
-    merged = example.MaskOfAPhrase([with_exact_masks(example, index) for index in range(12)])
-    assert len(merged) == 12
+def test_a_perfect_teacher_gives_the_batches_of_the_exact_run(example, processor):
+    collator = AgeVlmCollator(processor, (8, 8), independent_turns=True)
     several = 0
     for index in range(12):
-        exact = scene_sample(draw_scene("train", index, seed=4))
-        expected = sorted(exact["groundings"], key=example._place)
-        found = merged[index]["groundings"]
-        assert [example._place(item) for item in found] == [example._place(item) for item in expected]
-        for own, true in zip(found, expected):
-            assert np.array_equal(decode_mask(own["mask"]), decode_mask(true["mask"]))
-        assert merged[index]["messages"] == exact["messages"]
-        several += len(found) < len(with_exact_masks(example, index)["groundings"])
+        exact, found = scene_sample(draw_scene("train", index, seed=4)), with_exact_masks(example, index)
+        expected, batch = collator([exact]), collator([found])
+        assert batch.keys() == expected.keys()
+        for key, value in expected.items():
+            assert torch.equal(batch[key], value), key
+        several += len(exact["groundings"]) < len(found["groundings"])
     assert several, "no phrase of these scenes names several things"
 
 

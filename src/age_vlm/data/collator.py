@@ -197,26 +197,30 @@ class AgeVlmCollator:
         """Position in the chat, picture of the sample and mask coverage of every token that is aligned."""
         image_token = self.processor.image_token_id
         places = [position for position, token in enumerate(chat.input_ids) if token == image_token]
+        phrases: dict[tuple[int, int, int, int], list[Grounding]] = {}
         for message, item in chat_groundings:
-            tokens = chat.phrase_tokens(message, item["start"], item["end"])
+            phrases.setdefault((message, item["start"], item["end"], item["image"]), []).append(item)
+        for (message, start, end, image), items in phrases.items():
+            tokens = chat.phrase_tokens(message, start, end)
             if not tokens:
                 raise ValueError(
-                    f"groundings: sample '{sample['id']}' has the span [{item['start']}, {item['end']}) in message "
-                    f"{item['message']}, which no token of the rendered chat holds."
+                    f"groundings: sample '{sample['id']}' has the span [{start}, {end}) in message {items[0]['message']}, "
+                    "which no token of the rendered chat holds."
                 )
-            width, height = upright_size(sample["images"][item["image"]])
-            coverage = self._coverage(tuple(item["mask"]["size"]), item["mask"]["counts"], height, width)
+            width, height = upright_size(sample["images"][image])
+            # "Three men" have a mask each in many data sets: the phrase is about all of them.
+            coverage = self._coverage(tuple(item["mask"]["counts"] for item in items), height, width)
             if not coverage.any():
                 continue  # the crop of the image processor left nothing of it
             for token in tokens if self.phrase_rows == "all" else tokens[-1:]:
-                seen = [image for place, image in zip(places, chat_images) if place <= token]
-                if item["image"] in (seen[-1:] if self.image_visibility == "latest" else seen):
-                    yield token, item["image"], coverage
+                seen = [number for place, number in zip(places, chat_images) if place <= token]
+                if image in (seen[-1:] if self.image_visibility == "latest" else seen):
+                    yield token, image, coverage
 
-    def _mask_coverage(self, size: tuple[int, int], counts: str, height: int, width: int) -> torch.Tensor:
+    def _mask_coverage(self, counts: tuple[str, ...], height: int, width: int) -> torch.Tensor:
         geometry: ImageGeometry = self.processor.image_geometry(height, width)
-        mask = torch.from_numpy(decode_mask({"size": list(size), "counts": counts}))
-        return geometry.mask_coverage(mask[None], *self.grid)[0].flatten()
+        masks = [torch.from_numpy(decode_mask({"size": [height, width], "counts": each})) for each in counts]
+        return geometry.mask_coverage(torch.stack(masks).any(0, keepdim=True), *self.grid)[0].flatten()
 
     def _cut(self, sample: Sample, whole: EncodedSample) -> EncodedSample:
         most, ids = self.max_length, whole.input_ids
