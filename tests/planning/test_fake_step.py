@@ -193,3 +193,20 @@ def test_batches_of_real_data(make_recipe):
     assert "3 samples" in planned.source_of_text
     step = fake_step(planned.copy(), recipe, batch, ONE)
     assert step.forward["vision"] > 0
+
+
+def test_packed_batches_are_planned_as_they_are_trained(make_recipe):
+    data = DataRecipe(train=40, validation=1, test=1, texts=["caption"])
+    padded, packed = (
+        dataclasses.replace(make_recipe({"packing": packing, "independent_turns": False}), data=data)
+        for packing in (False, True)
+    )
+    batches = [PlannedModel(recipe).batch(40) for recipe in (padded, packed)]
+    sizes = [batch["input_ids"].numel() for batch in batches]
+    assert sizes[1] < sizes[0]
+    assert len({int((batch["labels"] != -100).sum()) for batch in batches}) == 1
+    planned = PlannedModel(packed)
+    step = fake_step(planned.copy(), packed, batches[1], ONE)
+    assert step.forward["vision"] > 0
+    assumed = PlannedModel(packed, length=LENGTH).batch(3)
+    assert "position_ids" in assumed and "attention_mask" not in assumed

@@ -66,6 +66,8 @@ class PlannedModel:
                 independent_turns=recipe.training.independent_turns,
                 max_length=recipe.training.max_length,
                 image_visibility=self.model.config.image_visibility,
+                packing=recipe.training.packing,
+                pack_length=recipe.training.pack_length,
             )
             self._collate, self._samples = collator, _longest(collator, source.train)
             self.source_of_text = f"the longest of {len(self._samples)} samples of the data"
@@ -89,7 +91,8 @@ class PlannedModel:
         ids += int(image_token == 0)
         ids[:, 0] = image_token
         batch = {"input_ids": ids, "labels": ids.clone()}
-        if self.recipe.training.independent_turns:
+        # Texts of one length are not packed: rows of several would leave as much padding, and see less of their attention.
+        if self.recipe.training.independent_turns or self.recipe.training.packing:
             batch["position_ids"] = torch.arange(self.length).repeat(size, 1)
         else:
             batch["attention_mask"] = torch.ones_like(ids)
