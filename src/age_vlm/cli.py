@@ -179,7 +179,7 @@ def _plan(options: argparse.Namespace) -> None:
 
     from rich.console import Console
 
-    from .training.pipeline import write_atomically
+    from .whole_files import write_whole
 
     console = Console()
     console.print(plan_table(made))
@@ -194,9 +194,7 @@ def _plan(options: argparse.Namespace) -> None:
         highlight=False,
     )
     if options.json:
-        write_atomically(
-            Path(options.json), json.dumps({name: plan.to_dict() for name, plan in made.items()}, indent=2)
-        )
+        write_whole(Path(options.json), json.dumps({name: plan.to_dict() for name, plan in made.items()}, indent=2))
 
 
 def _ground(options: argparse.Namespace) -> None:

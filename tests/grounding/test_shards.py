@@ -1,21 +1,9 @@
 import pytest
 
-from age_vlm.grounding.shards import ShardFolder, replaced
+from age_vlm.grounding.shards import ShardFolder
 
 
 MANIFEST = {"data": {"fingerprint": "a"}, "settings": {"min_score": 0.5}, "shards": 3}
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "file"
-    with replaced(path) as file:
-        file.write(b"one")
-        assert not path.exists()
-    with pytest.raises(RuntimeError), replaced(path) as file:
-        file.write(b"two")
-        raise RuntimeError
-    assert path.read_bytes() == b"one" and list(tmp_path.iterdir()) == [path]
-    assert path.stat().st_mode & 0o444 == 0o444
 
 
 def test_a_run_is_claimed_and_continued(tmp_path):

@@ -5,15 +5,15 @@ from __future__ import annotations
 import base64
 import io
 import numbers
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 from PIL import Image
+
+from ..pages import render_page
+from ..whole_files import write_whole
 
 
 # Colours that stay apart for readers with any colour vision (Okabe and Ito, 2008).
@@ -51,15 +51,9 @@ def write_report(
     path = Path(path)
     if not path.parent.is_dir():
         raise ValueError(f"path must lie in an existing folder, got {str(path)!r}.")
-    environment = Environment(
-        loader=PackageLoader("age_vlm.analysis"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["value"] = _shown
-    page = environment.get_template("report.html.jinja").render(
+    page = render_page(
+        "report",
+        {"value": _shown},
         title=title,
         notes=[notes] if isinstance(notes, str) else list(notes),
         settings=_flat(settings),
@@ -68,7 +62,7 @@ def write_report(
         curves=[(name, _curve(points, _COLOURS[i % len(_COLOURS)])) for i, (name, points) in enumerate(curves.items())],
         examples=[_example(example) for example in examples],
     )
-    _write_atomically(path, page)
+    write_whole(path, page)
     return path
 
 
@@ -135,20 +129,3 @@ def _curve(points: Sequence[tuple[float, float]], colour: str) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes the file private; a report is as readable as any other file the user makes.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

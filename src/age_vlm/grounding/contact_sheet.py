@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image, ImageDraw, ImageFilter
 
 from ..data.masks import decode_mask
 from ..data.schema import message_text
+from ..pages import render_page
 from ..processing.images_agevlm import load_rgb
-from .shards import ShardFolder, replaced
+from ..whole_files import write_whole
+from .shards import ShardFolder
 
 
 _TILE = 300
@@ -44,16 +45,9 @@ def write_contact_sheet(path: str | Path, folder: ShardFolder) -> None:
     samples = sum(pq.read_metadata(folder.samples(shard)).num_rows for shard in range(folder.shards))
     drawn, weakest, left_out = figures.chosen()
     tiles = _tiles(folder, [*drawn, *weakest, *left_out])
-    environment = Environment(
-        loader=PackageLoader("age_vlm.grounding"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = _percent
-    environment.filters["number"] = lambda value: f"{value:,}"
-    page = environment.get_template("contact_sheet.html.jinja").render(
+    page = render_page(
+        "contact_sheet",
+        {"percent": _percent, "number": lambda value: f"{value:,}"},
         figures=figures,
         samples=samples,
         scores=_bars(figures.scores, [f"{step / 20:.2f} to {(step + 1) / 20:.2f}" for step in range(20)]),
@@ -63,8 +57,7 @@ def write_contact_sheet(path: str | Path, folder: ShardFolder) -> None:
         left_out=tiles[len(drawn) + len(weakest) :],
         manifest=folder.manifest,
     )
-    with replaced(Path(path)) as file:
-        file.write(page.encode())
+    write_whole(Path(path), page)
 
 
 class _Figures:

@@ -21,9 +21,10 @@ from tqdm.auto import tqdm
 from ..data.left_out import LeftOut, Unusable
 from ..data.masks import MaskRLE, encode_mask
 from ..data.schema import FEATURES
+from ..whole_files import replaced
 from .contact_sheet import write_contact_sheet
 from .samples import Phrase, Refusal, Source, Unit, make_unit
-from .shards import ShardFolder, replaced
+from .shards import ShardFolder
 from .teacher import Masks, Teacher, process_state
 
 

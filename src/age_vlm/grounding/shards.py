@@ -7,16 +7,14 @@ one is put in place last, so a shard is done when it is there, whenever the run 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+from ..whole_files import UNFINISHED, replaced
 
 
 _MANIFEST = "manifest.json"
-_UNFINISHED = ".part"
 
 
 class ShardFolder:
@@ -45,7 +43,7 @@ class ShardFolder:
             )
         for part in (self.folder / "data", self.folder / "phrases"):
             part.mkdir(parents=True, exist_ok=True)
-        for part in self.folder.rglob(f".*{_UNFINISHED}"):
+        for part in self.folder.rglob(f".*{UNFINISHED}"):
             part.unlink(missing_ok=True)
         if not path.exists():
             with replaced(path) as file:
@@ -54,7 +52,7 @@ class ShardFolder:
     def _holds_other_things(self) -> bool:
         # A run that was killed before it wrote its manifest leaves these.
         return any(
-            (path.name not in ("data", "phrases") and not path.name.endswith(_UNFINISHED)) or any(path.glob("*.*"))
+            (path.name not in ("data", "phrases") and not path.name.endswith(UNFINISHED)) or any(path.glob("*.*"))
             for path in self.folder.iterdir()
         )
 
@@ -97,28 +95,3 @@ def _flat(manifest: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in manifest.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
-
-
-@contextmanager
-def replaced(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when it is whole and on the disk; until then that stays as it is."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_UNFINISHED)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes the file private; it is to be as readable as any other file the user makes.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    # The name of a file is on the disk only when its folder is.
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

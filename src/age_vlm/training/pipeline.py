@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from ..evaluation.benchmark import answer_metrics, grounding_metrics, presence_m
 from ..evaluation.metrics import auc
 from ..hub import save_checkpoint
 from ..model_card import model_card
+from ..whole_files import write_whole
 from .processes import from_main, is_main, together
 from .recipe import Recipe
 from .run import (
@@ -101,8 +101,8 @@ def stored_figures(folder: Path) -> dict[str, dict]:
 def _begin(recipe: Recipe, folder: Path) -> None:
     for unfinished in folder.glob(".*"):  # what a run that was killed was writing
         shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
-    write_atomically(folder / "recipe.yaml", recipe.to_yaml())
-    write_atomically(folder / "environment.json", json.dumps(environment(), indent=2))
+    write_whole(folder / "recipe.yaml", recipe.to_yaml())
+    write_whole(folder / "environment.json", json.dumps(environment(), indent=2))
 
 
 def _finish(
@@ -118,11 +118,11 @@ def _finish(
 ) -> dict[str, dict]:
     """What is left to do when a model is trained: figures, checkpoint, report."""
     model.config.alignment = dataclasses.asdict(recipe.alignment)
-    write_atomically(folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
+    write_whole(folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
     metrics = test_metrics(model, processor, recipe, source)
     seconds = time.monotonic() - started
     record = {"figures": metrics, "seed": recipe.seed, "seconds": round(seconds, 1), "environment": environment()}
-    write_atomically(folder / "metrics.json", json.dumps(record | {"validation_curve": curve}, indent=2))
+    write_whole(folder / "metrics.json", json.dumps(record | {"validation_curve": curve}, indent=2))
     save_checkpoint(model, processor, folder / "checkpoint", model_card(recipe, metrics, environment(), source))
 
     pictures = folder / "examples"
@@ -235,9 +235,3 @@ def examples(model, processor, items: Sequence[EvaluationItem], count: int = 6) 
             }
         )
     return shown
-
-
-def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, "utf-8")
-    os.replace(temporary, path)
