@@ -3,6 +3,8 @@
 Each ends in a row of the table of docs/versions.md. Where uv is installed, all environments share one copy of torch.
 """
 
+import shutil
+from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -10,6 +12,7 @@ import nox
 
 
 nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.sessions = ["tests", "oldest"]
 
 NAMES = ("torch", "transformers", "huggingface-hub", "timm", "datasets", "accelerate", "peft")
 VERSIONS = f"""
@@ -32,6 +35,32 @@ def oldest(session: nox.Session) -> None:
     """Every dependency at its lower bound; only uv resolves so."""
     session.install("--resolution", "lowest-direct", "-e", ".[test]")
     run_tests(session)
+
+
+@nox.session
+def transformers_suites(session: nox.Session) -> None:
+    """transformers' own tests of our classes: `nox -s transformers_suites -- CHECKOUT VERSION`, a clone with its tests."""
+    checkout, version = Path(session.posargs[0]).resolve(), session.posargs[1]
+    session.install("-e", ".[test]", "parameterized", "httpx", f"transformers=={version}")
+    suites = checkout / "tests" / "models" / "age_vlm"
+    shutil.copytree("tests/transformers_suites", suites, dirs_exist_ok=True)
+    (suites / "__init__.py").touch()
+    report = Path(session.create_tmp()) / "tests.xml"
+    command = ["python", "-m", "pytest", "-q", str(suites), f"--junitxml={report}", *session.posargs[2:]]
+    variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(checkout / "utils")}
+    session.chdir(checkout)
+    session.run(*command, env=variables, success_codes=[0, 1])
+    # Each test counts once, whatever its subtests: failed if one of them is, skipped if all are.
+    found: dict[tuple[str, str], set[str]] = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        tags = {child.tag for child in case}
+        outcome = "failed" if tags & {"failure", "error"} else "skipped" if "skipped" in tags else "passed"
+        found.setdefault((case.get("classname").rpartition(".")[2], case.get("name")), set()).add(outcome)
+    counts: dict[str, Counter] = {}
+    for (suite, _), outcomes in found.items():
+        counts.setdefault(suite, Counter())[next(o for o in ("failed", "passed", "skipped") if o in outcomes)] += 1
+    for suite, count in counts.items():
+        session.log(" | ".join([version, suite, *(f"{count[o]} {o}" for o in ("passed", "failed", "skipped"))]))
 
 
 def run_tests(session: nox.Session) -> None:
