@@ -2,7 +2,7 @@
 
     python examples/ablation_label_maps.py --images PICTURES --labels LABELS --classes sky building --ignore 11
 
-About 25 minutes on 2 cores. The last 20 % of the frames by name are held out; random crops of the others train, from
+About 20 minutes on 2 cores. The last 20 % of the frames by name are held out; random crops of the others train, from
 scratch. Writes docs/results/label-maps-<environment>.csv and .md. Seeds are of weights, crops and their order, and are
 paired: both arms of a seed start from the same weights and see the same crops.
 """
@@ -112,6 +112,7 @@ def row(result: dict, small: list[str]) -> dict:
         **{key: value for key, value in test.items() if not isinstance(value, dict)},
         f"AUC, mean over classes with {BALANCED} of each": sum(balanced) / len(balanced) if balanced else "",
         **({"pointing, mean over small classes": sum(pointing) / len(pointing)} if pointing else {}),
+        "macro AUC on validation frames": result["validation"]["macro AUC"],
         **{
             f"AUC {name} ({test['present by class'][name]} present, {test['absent by class'][name]} absent)": value
             for name, value in test["AUC by class"].items()
