@@ -12,9 +12,11 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+import transformers
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from packaging.version import Version
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
@@ -279,6 +281,10 @@ def test_accelerate_reads_the_files_as_they_are_meant(name, kind, expected):
             assert "#" in line or "zero_stage" in line or "fsdp_version" in line or "zero3_init" in line, line
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"),
+    reason="transformers 5.16 loads the optimizer of several processes without an accelerator to cpu:0, which torch refuses",
+)
 def test_ddp_killed_and_resumed_by_accelerate_is_the_run_of_one(folder, codes):
     assert codes["one"] == [0] and codes["ddp killed"] == [-9, -9], said(folder, "ddp killed")
     assert not (folder / "ddp" / "metrics.json").exists()
