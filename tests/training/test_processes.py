@@ -122,7 +122,7 @@ LAUNCHER = textwrap.dedent(
 
 def job(name, configuration, recipe, output, *words, **options):
     path = None if configuration is None else str(CONFIGURATIONS / configuration)
-    words = ["train", str(recipe), *words, "--output", str(output)]
+    words = ["pipeline" if recipe.is_dir() else "train", str(recipe), *words, "--output", str(output)]
     return {"name": name, "configuration": path, "words": words, **options}
 
 
@@ -142,7 +142,7 @@ def said(folder, name):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """With `recipe.yaml`: drawn scenes and a few texts without a picture."""
+    """With `recipe.yaml`: drawn scenes and a few texts without a picture, and `recipes`: the same, and again from there."""
     folder = tmp_path_factory.mktemp("processes")
     text = {
         "id": "text",
@@ -168,6 +168,10 @@ def folder(tmp_path_factory):
         },
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+    (folder / "recipes").mkdir()
+    (folder / "recipes" / "stage1.yaml").write_text(yaml.safe_dump(values))
+    values |= {"seed": 4, "model": {"checkpoint": "previous"}, "warm_start": {}}
+    (folder / "recipes" / "stage2.yaml").write_text(yaml.safe_dump(values))
     return folder
 
 
@@ -191,6 +195,8 @@ def codes(folder):
         job("by one", None, recipe, folder / "ddp", "--resume"),
         job("sharded", "fsdp2.yaml", recipe, folder / "ddp", "--resume"),
         job("exists", "ddp.yaml", recipe, folder / "one"),
+        job("stages by one", None, folder / "recipes", folder / "stages by one", *both),
+        job("stages", "ddp.yaml", folder / "recipes", folder / "stages"),
         job("no data", "ddp.yaml", missing, folder / "new"),
     ]
     if find_spec("deepspeed"):
@@ -296,6 +302,15 @@ def test_ddp_killed_and_resumed_by_accelerate_is_the_run_of_one(folder, codes):
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_run(folder / "one", folder / "ddp")
     assert done.stdout.count("Checkpoint: ") == 1
+
+
+def test_stages_by_several_processes_are_those_by_one(folder, codes):
+    assert codes["stages by one"] == [0], said(folder, "stages by one")
+    assert codes["stages"] == [0, 0], said(folder, "stages")
+    for name in ("stage1", "stage2"):
+        assert_same_run(folder / "stages by one" / name, folder / "stages" / name)
+    output = "".join(path.read_text() for path in folder.glob("stages.*.out"))
+    assert output.count("stage2: started") == 1
 
 
 @pytest.mark.parametrize(
