@@ -66,9 +66,8 @@ def transformers_suites(session: nox.Session) -> None:
 def run_tests(session: nox.Session) -> None:
     versions = session.run("python", "-c", VERSIONS, silent=True).split()
     report = Path(session.create_tmp()) / "tests.xml"
-    # The tests' tiny models gain nothing from a second thread.
-    command = ["python", "-m", "pytest", f"--junitxml={report}", *session.posargs]
-    session.run(*command, env={"OMP_NUM_THREADS": "1"}, success_codes=[0, 1])
+    command = ["python", "-m", "pytest", "-n", "2", "--dist", "loadfile", f"--junitxml={report}", *session.posargs]
+    session.run(*command, success_codes=[0, 1])
     counts = next(ElementTree.parse(report).iter("testsuite")).attrib
     failed, skipped = int(counts["failures"]) + int(counts["errors"]), int(counts["skipped"])
     passed = int(counts["tests"]) - failed - skipped

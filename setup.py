@@ -39,11 +39,13 @@ EXTRAS_REQUIRE = {
     # the `sam2` package of Meta builds from source against the installed torch
     "sam2": ["sam2>=1.1"],
     # hqq quantises caches on a CPU, where optimum-quanto first compiles C++ for over a minute
-    # tensorboard to read back what was logged; torch 2.6 compiles flex attention with setuptools
+    # xdist for a test process on each core; tensorboard to read back what was logged; torch 2.6 compiles flex attention
+    # with setuptools
     "test": [
         "pytest>=8",
         "hypothesis>=6.100",
         "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6,<4",
         "hqq>=0.2.8,<1",
         "tensorboard>=2.18,<3",
         "setuptools>=77",

@@ -4,6 +4,8 @@ import os
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# The tests' tiny models gain nothing from a second thread: cores are for a second test.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
