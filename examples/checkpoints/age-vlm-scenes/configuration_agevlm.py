@@ -1,3 +1,5 @@
+# Copyright 2026 The age-vlm authors. Licensed under the Apache License, Version 2.0.
+
 """Configuration of AGE-VLM (Mahajan et al., arXiv 2511.17793): a Llama, a vision encoder, and where they meet."""
 
 import os

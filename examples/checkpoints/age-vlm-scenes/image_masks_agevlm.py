@@ -32,6 +32,10 @@ class PlacedImages:
         return PlacedImages(index.masked_fill(self.positions == NO_IMAGE, -1), self.positions)
 
 
+# `torch.export` of the language model alone, as transformers' exporters do for generation, takes tensors out of it.
+torch.export.register_dataclass(PlacedImages, serialized_type_name=f"{__name__}.PlacedImages")
+
+
 def place_images(
     is_image: torch.Tensor, image_indices: torch.Tensor | None = None, offset: int | torch.Tensor = 0
 ) -> PlacedImages:

@@ -8,7 +8,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, Cache, GenerationMixin, LlamaForCausalLM, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
-from transformers.utils import can_return_tuple, logging
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .configuration_agevlm import AgeVlmConfig, unknown_option
 from .cross_attention_agevlm import AgeVlmGate, AgeVlmTextModel, AgeVlmTextModelOutput, nothing_placed
@@ -16,6 +17,7 @@ from .image_masks_agevlm import place_images
 from .vision_agevlm import (
     AgeVlmMultiModalProjector,
     AgeVlmProjection,
+    AgeVlmTimmWrapperModel,
     drop_unused_head,
     feature_map,
     image_shape,
@@ -79,6 +81,19 @@ class AgeVlmPreTrainedModel(PreTrainedModel):
             init.constant_(module.weight, module.start)
         elif isinstance(module, AgeVlmProjection):
             init.normal_(module.weight, std=module.in_features**-0.5)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args, **kwargs) -> None:
+        super()._set_gradient_checkpointing(enable, *args, **kwargs)
+        # transformers switches its own layers, and leaves out an encoder of timm inside another model.
+        for module in self.modules():
+            if isinstance(module, AgeVlmTimmWrapperModel) and module.supports_gradient_checkpointing:
+                module._set_gradient_checkpointing(enable)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # All weights start through `transformers.initialization`. Of code of which it cannot know that, transformers passes
+        # over modules without parameters of their own, and a CLIP's attention would not start its projections.
+        return False
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
@@ -177,7 +192,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         image_indices: torch.LongTensor | None = None,
         cross_attention_rows: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> AgeVlmModelOutputWithPast:
         """
         Args:
@@ -281,7 +296,7 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
         cross_attention_rows: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> AgeVlmCausalLMOutputWithPast:
         """
         Args:
@@ -546,7 +561,11 @@ def _check_image_count(tokens: int, images: int, image_indices: torch.Tensor | N
         if len(wrong):
             raise ValueError(f"image_indices: got {int(wrong[0])}, expected indices of the {images} images.")
     elif tokens != images:
-        raise ValueError(f"pixel_values: got {images} images for {tokens} image tokens in the text, expected as many.")
+        # The words at the end are those that the tests of transformers' models look for.
+        raise ValueError(
+            f"pixel_values: got {images} images for {tokens} image tokens in the text, expected as many: Image features and "
+            "image tokens do not match."
+        )
 
 
 def _check_cache(past_key_values: Cache | None, batch: int) -> None:

@@ -37,6 +37,9 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}
 """
 
+# Its common tests, and whoever catches its error, look for these words.
+AS_TRANSFORMERS_SAYS = "image tokens in the prompts should be the same as the number of images."
+
 
 class AgeVlmProcessor(ProcessorMixin):
     r"""
@@ -90,12 +93,13 @@ class AgeVlmProcessor(ProcessorMixin):
             if images_by_row and tokens != [len(row) for row in images]:
                 raise ValueError(
                     f"images: got {[len(row) for row in images]} pictures for {tokens} image tokens in the rows of the text, "
-                    "expected as many."
+                    f"expected as many: {AS_TRANSFORMERS_SAYS}"
                 )
             pictures = 0 if images is None else len(make_flat_list_of_images(images))
             if sum(tokens) != pictures:
                 raise ValueError(
-                    f"images: got {pictures} pictures for {sum(tokens)} image tokens in the text, expected as many."
+                    f"images: got {pictures} pictures for {sum(tokens)} image tokens in the text, expected as many: "
+                    f"{AS_TRANSFORMERS_SAYS}"
                 )
         super().validate_inputs(images=images, text=text, **kwargs)
 
