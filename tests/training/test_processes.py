@@ -329,6 +329,7 @@ def test_what_is_wrong_ends_all_processes_and_is_said_once(folder, codes, name, 
     assert not (folder / "new").exists()
 
 
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.7"), reason="torch 2.6 shards on accelerators only")
 @pytest.mark.parametrize("name", SHARDED)
 def test_sharded_killed_and_resumed_it_is_the_run_of_one(folder, codes, name):
     if f"{name} killed" not in codes:
