@@ -61,6 +61,8 @@ def transformers_suites(session: nox.Session) -> None:
         counts.setdefault(suite, Counter())[next(o for o in ("failed", "passed", "skipped") if o in outcomes)] += 1
     for suite, count in counts.items():
         session.log(" | ".join([version, suite, *(f"{count[o]} {o}" for o in ("passed", "failed", "skipped"))]))
+    if failed := sum(count["failed"] for count in counts.values()):
+        session.error(f"{failed} tests failed")
 
 
 def run_tests(session: nox.Session) -> None:

@@ -2,7 +2,7 @@
 
     python examples/ablation_label_maps.py --images PICTURES --labels LABELS --classes sky building --ignore 11
 
-About 20 minutes on 2 cores. The last 20 % of the frames by name are held out; random crops of the others train, from
+About half an hour on 2 cores. The last 20 % of the frames by name are held out; random crops of the others train, from
 scratch. Writes docs/results/label-maps-<environment>.csv and .md. Seeds are of weights, crops and their order, and are
 paired: both arms of a seed start from the same weights and see the same crops.
 """
@@ -117,6 +117,10 @@ def row(result: dict, small: list[str]) -> dict:
             f"AUC {name} ({test['present by class'][name]} present, {test['absent by class'][name]} absent)": value
             for name, value in test["AUC by class"].items()
         },
+        **{
+            f"AUC {name} on validation frames ({result['validation']['present by class'][name]} present)": value
+            for name, value in result["validation"]["AUC by class"].items()
+        },
     }
 
 
@@ -127,9 +131,9 @@ def prior_rows(recipe) -> list[dict]:
         q.id: source.prior[q.subject] - 0.5 for item in source.test for q in item.questions if q.kind == "existence"
     }
     figures = figures_of_scores(scores, source.test)
-    return [
-        {"arm": "text-only class prior", "seed": "", **{k: v for k, v in figures.items() if not isinstance(v, dict)}}
-    ]
+    figures = {name: value for name, value in figures.items() if not isinstance(value, dict)}
+    shares = {f"training crops that show {name}": share for name, share in source.prior.items()}
+    return [{"arm": "text-only class prior", "seed": "", **figures, **shares}]
 
 
 if __name__ == "__main__":

@@ -68,6 +68,10 @@ def main() -> None:
     if "concatenation" in options.arms:
         trials = [job("concatenation", options.seeds[0], rate) for rate in options.rates]
         tuned = run_all(__file__, trials, work, options.workers)
+        for result in tuned:
+            figures = result["validation"]
+            adversarial = figures["pope/adversarial/accuracy"]
+            print(f"{result['learning_rate']}: mean {mean_accuracy(figures):.3f}, adversarial {adversarial:.3f}")
         rate = max(tuned, key=lambda result: mean_accuracy(result["validation"]))["learning_rate"]
         print(f"concatenation: learning rate {rate}, chosen on validation")
         jobs += [job("concatenation", seed, rate) for seed in options.seeds]
