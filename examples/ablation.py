@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,8 +54,9 @@ def run_arm(recipe: Recipe, arm: str, *, curve_on: str, figures, source: DataSou
         source: data instead of what the recipe says.
 
     Returns:
-        Figures on validation and test, the curve, the number of parameters.
+        Figures on validation and test, the curve, the number of parameters, the seconds that all of it took.
     """
+    started = time.perf_counter()
     logging.set_verbosity_error()
     source = source or load_source(recipe.data, recipe.seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -92,7 +94,7 @@ def run_arm(recipe: Recipe, arm: str, *, curve_on: str, figures, source: DataSou
             mass, hits = phrases.scores(recipe.alignment.layers, chosen_heads(recipe.alignment.heads, len(heads)))
             result[part] |= {"attention mass": float(mass.mean()), "pointing": float(hits.mean())}
             result[part]["pointing by class"] = _by_class(phrases, hits)
-    return result
+    return result | {"seconds": time.perf_counter() - started}
 
 
 def printed(measure):
