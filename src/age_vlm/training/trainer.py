@@ -210,8 +210,14 @@ class AgeVlmTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
         grounding = {key: inputs.pop(key) for key in GROUNDING_KEYS if key in inputs}
+        weight = self._alignment_weight(self.state.global_step)
+        # ZeRO-3 counts the outputs that a backward pass comes through, in every process: one whose batch has no phrase
+        # would wait for the others forever, so it lets zeros through.
+        stands_in = bool(not grounding and weight and model.training and self.is_deepspeed_enabled)
         if grounding:
             inputs["cross_attention_rows"] = grounding["grounding_rows"]
+        elif stands_in:
+            inputs["cross_attention_rows"] = torch.zeros(1, 2, dtype=torch.long, device=inputs["input_ids"].device)
         # A loss reads no cache, and with one the model could not tell packed texts apart.
         inputs.setdefault("use_cache", False)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
@@ -228,7 +234,6 @@ class AgeVlmTrainer(Trainer):
             # An evaluation batch is on its own: the step's count is of training batches.
             alone = num_items_in_batch is None or not model.training
             aligned = losses.mean() if alone else losses.sum() / self._groundings_per_rank()
-            weight = self._alignment_weight(self.state.global_step)
             if weight:
                 loss = loss + weight * aligned.to(loss.dtype)
             heads = chosen_heads(self.alignment.heads, attention.shape[2])
@@ -239,6 +244,8 @@ class AgeVlmTrainer(Trainer):
                 "attention_mass": attention_mass(watched, coverage).sum(),
                 "pointing_accuracy": pointing_hit(watched, coverage).float().sum(),
             }
+        elif stands_in:
+            loss = loss + 0.0 * sum(outputs.cross_attention_maps[layer].sum() for layer in self.alignment.layers)
         if model.training:
             for name, value in terms.items():
                 self._sums[name] = self._sums.get(name, 0.0) + value
