@@ -1,6 +1,7 @@
 """Pictures as people have them -> RGB: paths, URLs, PIL images, arrays and tensors of every mode."""
 
 import os
+from contextlib import suppress
 
 import numpy as np
 import PIL.Image
@@ -46,22 +47,35 @@ def _open(source: str) -> PIL.Image.Image:
         image.load()
     except PIL.UnidentifiedImageError:
         raise ValueError(f"images: '{shown}' is not a picture that Pillow can read.") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # decoders of damaged files raise nearly anything
         raise ValueError(f"images: '{shown}' is damaged: {error}.") from None
     return image
 
 
 def _pil_to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     try:
-        image = PIL.ImageOps.exif_transpose(image)
+        image = _upright(image)
         if image.mode.startswith("I;16") or (image.mode == "I" and image.getextrema()[1] > 255):
             image = PIL.Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
         elif image.mode[-1] in "Aa" or "transparency" in image.info:
             image = image.convert("RGBA")
             image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except (OSError, SyntaxError) as error:
+    except Exception as error:  # as above: only now are the pixels of an opened file decoded
         raise ValueError(f"images: the picture is damaged: {error}.") from None
+
+
+def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    image.load()
+    try:
+        return PIL.ImageOps.exif_transpose(image)
+    # Pillow cannot read, or not write again, tags of another type than they should have. The picture is whole.
+    except Exception:
+        image = image.copy()
+        with suppress(Exception):
+            # In place it is turned before its tags are written.
+            PIL.ImageOps.exif_transpose(image, in_place=True)
+        return image
 
 
 def _array_to_rgb(image: np.ndarray | torch.Tensor) -> torch.Tensor:

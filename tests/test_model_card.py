@@ -15,7 +15,7 @@ from transformers import (
     SiglipModel,
 )
 
-from age_vlm import AgeVlmForConditionalGeneration, AgeVlmProcessor
+from age_vlm import AgeVlmConfig, AgeVlmForConditionalGeneration, AgeVlmProcessor
 from age_vlm.data.sources import DataSource
 from age_vlm.hub import save_checkpoint
 from age_vlm.model_card import ANY_QUESTION, THIS_REPOSITORY, config_parts, is_hub_id, model_card, parts_card
@@ -29,7 +29,11 @@ ENVIRONMENT = {"python": "3.11", "torch": "2.15", "threads": 2}
 
 def card_of(recipe, metrics=METRICS):
     source = DataSource(train=[], validation=[], test=[None] * 7, texts=list)
-    return model_card(recipe, metrics, ENVIRONMENT, source)
+    config = AgeVlmConfig()
+    # As `from_backbones` leaves it.
+    config.text_config.name_or_path = recipe.model.text or ""
+    config.vision_config.name_or_path = recipe.model.vision or ""
+    return model_card(recipe, metrics, ENVIRONMENT, source, config)
 
 
 def test_the_hub_can_read_its_metadata():
@@ -159,7 +163,6 @@ def test_a_recipe_that_goes_on_from_a_checkpoint_keeps_its_parts(built):
     built.config.text_config.name_or_path = "some/llama"
     card = ModelCard(model_card(recipe, METRICS, ENVIRONMENT, source, built.config))
     assert card.data.base_model == ["some/llama"] and card.data.license == "other"
-    assert ModelCard(model_card(recipe, METRICS, ENVIRONMENT, source)).data.base_model is None
 
 
 def test_folders_are_not_taken_for_repositories(tmp_path, monkeypatch):

@@ -124,14 +124,14 @@ def load_checkpoint(
         model, report = AgeVlmForConditionalGeneration.from_pretrained(
             name, ignore_mismatched_sizes=True, output_loading_info=True, **config
         )
-        _check_weights(report)
+        check_weights(report)
         return model, AgeVlmProcessor.from_pretrained(name)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise ValueError(f"{argument}: '{name}' could not be loaded as an AGE-VLM: {reason}.") from error
 
 
-def _check_weights(report: dict) -> None:
+def check_weights(report: dict) -> None:
     """Raises ValueError, without the name of the checkpoint, where weights are missing or of another shape."""
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"it lacks {len(missing)} weights, first '{missing[0]}'")

@@ -49,14 +49,14 @@ def model_card(
     metrics: Mapping[str, Mapping[str, float]],
     environment: Mapping[str, object],
     source: DataSource,
-    config: AgeVlmConfig | None = None,
+    config: AgeVlmConfig,
 ) -> str:
     """Markdown with the Hub's metadata in front, for a model that a recipe trained.
 
     Args:
         metrics: figures on the test part, by row.
         environment: versions and machine that they were measured with.
-        config: of the model. It knows what the model was built from where the recipe starts from a checkpoint.
+        config: of the model, which knows what it was built from, also where the recipe starts from a checkpoint.
     """
     names = list(dict.fromkeys(name for row in metrics.values() for name in row))
     questions = {"scenes": "is there a red circle in the picture ?"}
@@ -64,7 +64,7 @@ def model_card(
         questions["label_maps"] = f"is there a {recipe.data.classes[0]} ?"
     aligned = recipe.alignment.weight or recipe.alignment.final_weight
     return _render(
-        parts=config_parts(config) if config else find_parts(recipe.model.text, recipe.model.vision),
+        parts=config_parts(config),
         title=recipe.name,
         language="en",
         question=questions.get(recipe.data.kind, ANY_QUESTION),
@@ -101,12 +101,7 @@ def parts_card(model: AgeVlmForConditionalGeneration) -> str:
 
 def config_parts(config: AgeVlmConfig) -> list[Part]:
     """What `from_backbones` built the model of that configuration from, none for a model that began with random weights."""
-    return find_parts(config.text_config.name_or_path, config.vision_config.name_or_path)
-
-
-def find_parts(text: str | None, vision: str | None) -> list[Part]:
-    """Pretrained parts, by Hub id or folder, with the licences that their own cards name."""
-    names = {"language model": text, "vision encoder": vision}
+    names = {"language model": config.text_config.name_or_path, "vision encoder": config.vision_config.name_or_path}
     return [Part(role, str(name), read_license(str(name))) for role, name in names.items() if name]
 
 

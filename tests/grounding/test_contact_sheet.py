@@ -79,5 +79,13 @@ def test_a_tile_shows_the_mask_and_what_the_teacher_was_told():
     assert tile[50, 50].tolist() == list(_BOX)
 
 
+@pytest.mark.parametrize("size", [(640, 480), (300, 4000)])
+def test_things_at_the_border_are_framed(size):
+    width, height = size
+    for box in ([width - 2, 10, width, 20], [10, height - 1, 20, height], [width - 1, height - 1, width, height]):
+        painted = _painted(Image.new("RGB", size, "grey"), None, {"box": box})
+        assert (np.asarray(painted) == _BOX).all(-1).any()
+
+
 def test_shares_are_short():
     assert [_percent(share) for share in (0.0004, 0.012, 0.05, 0.123, 1)] == ["0.04 %", "1.2 %", "5 %", "12 %", "100 %"]

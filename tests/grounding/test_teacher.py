@@ -8,6 +8,7 @@ import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from age_vlm.grounding import TEACHERS, VARIANTS, Masks, Prompt, load_teacher
 from age_vlm.grounding.teacher import VisualTeacher, _alike, _refusal, weights_digest
@@ -130,6 +131,17 @@ def test_weights_of_another_model(tiny_sam2, tiny_sam3, tmp_path):
             load_teacher(name, folder, device="cpu")
     with pytest.raises(ValueError, match=f"model: '{tmp_path}' cannot be loaded"):
         load_teacher("sam3", tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("name, folder", [("sam2-transformers", "tiny_sam2"), ("sam3", "tiny_sam3")])
+def test_weights_that_are_not_all_there(name, folder, request, tmp_path):
+    folder = shutil.copytree(request.getfixturevalue(folder), tmp_path / "part")
+    weights = load_file(folder / "model.safetensors")
+    part = {key: value for key, value in weights.items() if key.startswith("vision_encoder")}
+    assert 0 < len(part) < len(weights)
+    save_file(part, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"model: '{folder}' cannot be loaded: it lacks {len(weights) - len(part)} w"):
+        load_teacher(name, folder, device="cpu")
 
 
 def test_a_package_that_is_missing(monkeypatch):

@@ -1,6 +1,7 @@
 """Pictures of every mode and container come out as the RGB that a person sees."""
 
 import base64
+import struct
 
 import numpy as np
 import pytest
@@ -126,6 +127,25 @@ def test_rotated_photographs_stand_upright(picture, tmp_path, orientation):
     path = tmp_path / "photograph.png"
     Image.fromarray(picture).save(path, exif=exif)
     np.testing.assert_array_equal(rgb(path), undo(picture))
+
+
+@pytest.mark.parametrize(
+    "tag, type, count, value", [(0x0100, 2, 4, b"wide"), (0x011A, 2, 4, b"fine"), (0x0132, 3, 2, b"\x00\x01\x00\x02")]
+)
+def test_exif_tags_of_a_wrong_type(tmp_path, tag, type, count, value):
+    """Pillow cannot write such tags again, which `exif_transpose` would have it do."""
+    entries = [(0x0112, 3, 1, struct.pack("<HH", 6, 0)), (tag, type, count, value)]
+    fields = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + fields + bytes(4)
+    picture = np.repeat(np.repeat(np.arange(6, dtype=np.uint8).reshape(2, 3) * 40, 8, 0), 8, 1)
+    Image.fromarray(picture).save(tmp_path / "photograph.png", exif=exif)
+    np.testing.assert_array_equal(rgb(tmp_path / "photograph.png")[..., 0], np.rot90(picture, 3))
+
+
+def test_exif_that_cannot_be_read(tmp_path):
+    picture = np.arange(60, dtype=np.uint8).reshape(6, 10)
+    Image.fromarray(picture).save(tmp_path / "photograph.png", exif=b"Exif\0\0MM no tags at all")
+    np.testing.assert_array_equal(rgb(tmp_path / "photograph.png")[..., 0], picture)
 
 
 @pytest.mark.parametrize("shape", [(5, 1), (1, 5), (1, 1)])

@@ -22,6 +22,7 @@ from age_vlm.training.run import (
     set_trainable,
     training_arguments,
 )
+from age_vlm.whole_files import replaced
 
 
 DATA = DataRecipe(train=8, validation=1, test=1)
@@ -356,7 +357,11 @@ def test_a_run_that_can_be_resumed_stays_and_is_continued(tmp_path):
     with pytest.raises(ValueError, match="exists, expected a new one .or --overwrite to replace it, --resume to cont"):
         check_run_folder(tmp_path / "run", overwrite=False)
     (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "recipe.yaml.tmp").touch()
+    # What a process leaves that was killed while it wrote the first file of a run.
+    with pytest.raises(KeyboardInterrupt), replaced(tmp_path / "thesis" / "recipe.yaml"):
+        (unfinished,) = (tmp_path / "thesis").iterdir()
+        raise KeyboardInterrupt
+    unfinished.touch()
     check_run_folder(tmp_path / "thesis", overwrite=False, resume=True)
     (tmp_path / "thesis" / "draft.txt").touch()
     with pytest.raises(ValueError, match="holds no run, expected one to resume"):

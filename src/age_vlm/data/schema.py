@@ -171,5 +171,8 @@ def _is_box_inside(box: Any, width: int, height: int) -> bool:
 
 def upright_size(image: PILImage.Image) -> tuple[int, int]:
     """Width and height in pixels with the EXIF orientation applied, as datasets and the processor read the image."""
-    quarter_turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    return image.size[::-1] if quarter_turned else image.size
+    try:
+        orientation = image.getexif().get(0x0112, 1)
+    except Exception:  # Pillow's reader of damaged tags raises nearly anything; they turn nothing
+        orientation = 1
+    return image.size[::-1] if orientation in (5, 6, 7, 8) else image.size

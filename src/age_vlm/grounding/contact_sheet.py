@@ -213,8 +213,8 @@ def _painted(picture: Image.Image, rle: dict[str, Any] | None, record: dict[str,
         picture.paste(_OUTLINE, (0, 0), Image.fromarray(grown & ~shrunk))
     pen = ImageDraw.Draw(picture)
     if record.get("box"):
-        x0, y0, x1, y1 = (value * scale for value in record["box"])
-        pen.rectangle((x0, y0, min(x1, size[0] - 1), min(y1, size[1] - 1)), outline=_BOX, width=2)
+        last = [side - 1 for side in size] * 2
+        pen.rectangle([min(value * scale, most) for value, most in zip(record["box"], last)], outline=_BOX, width=2)
     for x, y in record.get("points") or ():
         pen.ellipse((x * scale - 4, y * scale - 4, x * scale + 4, y * scale + 4), fill=_BOX, outline=(255, 255, 255))
     return picture

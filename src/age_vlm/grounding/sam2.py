@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, Sam2Model, Sam2Processor
 
+from ..hub import check_weights
 from .teacher import Prompt, VisualTeacher, is_ambiguous, weights_digest
 
 
@@ -24,11 +25,12 @@ class Sam2Teacher(VisualTeacher):
 
     @classmethod
     def load(cls, model: str, dtype: str, device: torch.device) -> Sam2Teacher:
-        # Looked at first: weights of another kind of model would be left out, and random ones take their place.
+        # Looked at: where a file has other weights, or not all, random ones would take their place.
         kind = AutoConfig.from_pretrained(model).model_type
         if kind not in ("sam2", "sam2_video"):
             raise ValueError(f"it holds a model of type '{kind}', expected 'sam2'")
-        weights = Sam2Model.from_pretrained(model, dtype=getattr(torch, dtype))
+        weights, report = Sam2Model.from_pretrained(model, dtype=getattr(torch, dtype), output_loading_info=True)
+        check_weights(report)
         return cls(weights.to(device), Sam2Processor.from_pretrained(model))
 
     def identity(self) -> dict[str, str | int]:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, Sam3Model, Sam3Processor
 
+from ..hub import check_weights
 from .teacher import Masks, Prompt, Teacher, weights_digest
 
 
@@ -37,11 +38,12 @@ class Sam3Teacher(Teacher):
 
     @classmethod
     def load(cls, model: str, dtype: str, device: torch.device) -> Sam3Teacher:
-        # Looked at first: weights of another kind of model would be left out, and random ones take their place.
+        # Looked at: where a file has other weights, or not all, random ones would take their place.
         kind = AutoConfig.from_pretrained(model).model_type
         if kind not in ("sam3", "sam3_video"):
             raise ValueError(f"it holds a model of type '{kind}', expected 'sam3'")
-        weights = Sam3Model.from_pretrained(model, dtype=getattr(torch, dtype))
+        weights, report = Sam3Model.from_pretrained(model, dtype=getattr(torch, dtype), output_loading_info=True)
+        check_weights(report)
         return cls(weights.to(device), Sam3Processor.from_pretrained(model))
 
     def identity(self) -> dict[str, str | int]:

@@ -296,7 +296,8 @@ def _embedded(picture: Any) -> dict[str, Any]:
                 content = file.read()
         except FileNotFoundError:
             raise Unusable("image file is missing") from None
-        except (OSError, ValueError):
+        # A path can be of any storage that fsspec knows, and each raises errors of its own.
+        except Exception:
             raise Unusable("image file cannot be read") from None
     # Only the name: where the file lay is nobody's business.
     return {"bytes": content, "path": path and path.rpartition("/")[2]}

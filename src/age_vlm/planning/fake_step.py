@@ -96,8 +96,9 @@ def fake_step(
             model.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs)
         trainer.create_optimizer()
         wrapped, optimizer = trainer.accelerator.prepare(model, trainer.optimizer, device_placement=[False, False])
-        with fake:
-            batch = {**batch, "pixel_values": torch.empty(batch["pixel_values"].shape)}
+        if "pixel_values" in batch:
+            with fake:
+                batch = {**batch, "pixel_values": torch.empty(batch["pixel_values"].shape)}
         return measure_step(trainer, wrapped, optimizer, batch, shares)
 
 

@@ -69,8 +69,10 @@ class PlannedModel:
                 packing=recipe.training.packing,
                 pack_length=recipe.training.pack_length,
             )
-            self._collate, self._samples = collator, _longest(collator, source.train)
-            self.source_of_text = f"the longest of {len(self._samples)} samples of the data"
+            self._collate, self._samples = collator, _longest(collator, source.train, self.image_tokens)
+            self.source_of_text = (
+                f"the longest, with the tokens of pictures, of {len(self._samples)} samples of the data"
+            )
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of transformers, about names that PEFT uses
             set_trainable(self.model, recipe.training)
@@ -110,10 +112,13 @@ def _data_at_hand(recipe: Recipe) -> bool:
     return all(Path(getattr(part, key)).is_dir() for part in (recipe.data, *recipe.mix) for key in folders[part.kind])
 
 
-def _longest(collator: AgeVlmCollator, samples: Sequence) -> list:
+def _longest(collator: AgeVlmCollator, samples: Sequence, image_tokens: int) -> list:
+    def tokens(sample) -> int:
+        return collator([sample])["input_ids"].shape[1] + image_tokens * len(sample["images"])
+
     count = min(SAMPLES, len(samples))
     chosen = [samples[number * len(samples) // count] for number in range(count)]
-    return sorted(chosen, key=lambda sample: collator([sample])["input_ids"].shape[1], reverse=True)
+    return sorted(chosen, key=tokens, reverse=True)
 
 
 class _PicturesAlone:

@@ -123,7 +123,8 @@ def _finish(
     seconds = time.monotonic() - started
     record = {"figures": metrics, "seed": recipe.seed, "seconds": round(seconds, 1), "environment": environment()}
     write_whole(folder / "metrics.json", json.dumps(record | {"validation_curve": curve}, indent=2))
-    save_checkpoint(model, processor, folder / "checkpoint", model_card(recipe, metrics, environment(), source))
+    card = model_card(recipe, metrics, environment(), source, model.config)
+    save_checkpoint(model, processor, folder / "checkpoint", card)
 
     pictures = folder / "examples"
     pictures.mkdir(exist_ok=True)

@@ -38,6 +38,7 @@ from ..hub import load_checkpoint
 from ..modeling_agevlm import AgeVlmForConditionalGeneration
 from ..modeling_agevlm.modeling_agevlm import reserved_image_token
 from ..processing import AgeVlmProcessor, whole_image_processor
+from ..whole_files import UNFINISHED
 from .loss_watch import BAD_BATCHES
 from .parts import part_of
 from .processes import alone, engine, from_main, is_main, process_count, together
@@ -273,9 +274,9 @@ def _earlier(folder: Path) -> str:
 def check_run_folder(folder: str | Path, overwrite: bool, resume: bool = False) -> None:
     """Raises ValueError if the folder exists and neither `overwrite` nor `resume` is on, or if it is not one of ours."""
     folder = Path(folder)
-    # All there is of a run that was killed at its first file.
-    nothing = {"recipe.yaml.tmp"}
-    if not folder.exists() or (folder.is_dir() and {path.name for path in folder.iterdir()} <= nothing):
+    # All there may be of a run that was killed at its first file.
+    unfinished = f".recipe.yaml.*{UNFINISHED}"
+    if not folder.exists() or (folder.is_dir() and all(path.match(unfinished) for path in folder.iterdir())):
         return
     ours = (folder / "recipe.yaml").is_file()
     if resume:

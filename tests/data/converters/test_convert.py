@@ -114,6 +114,20 @@ def test_changed_files_are_converted_again(tmp_path, llava_files):
     assert len(convert("llava", **arguments)) == 1
 
 
+def test_files_in_a_folder_inside_are_seen(tmp_path, llava_files):
+    arguments = {"cache_dir": tmp_path / "cache", **llava_files, "images": llava_files["images"].parent}
+    inside = llava_files["images"].name
+    records = [
+        {**record(0, "a dog"), "image": f"{inside}/0.jpg"},
+        {**record(1, "a cat"), "image": f"{inside}/more.jpg"},
+    ]
+    llava_files["conversations"].write_text(json.dumps(records))
+    with pytest.warns(UserWarning, match="image file is missing: 1"):
+        assert len(convert("llava", **arguments)) == 1
+    (llava_files["images"] / "more.jpg").write_bytes((llava_files["images"] / "1.jpg").read_bytes())
+    assert len(convert("llava", **arguments)) == 2
+
+
 def test_what_is_left_out_is_said_at_the_end(tmp_path, llava_files):
     (llava_files["images"] / "2.jpg").unlink()
     for streaming in (False, True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -107,5 +108,7 @@ def _state(arguments: dict[str, Any]) -> tuple:
     from age_vlm import __version__
 
     paths = [Path(value).resolve() for value in arguments.values() if isinstance(value, (str, Path))]
-    states = [(str(path), path.stat()) for path in paths if path.exists()]
+    # A folder's own time says what was added to it and removed, not what was in a folder inside it.
+    inside = [Path(folder) for path in paths for folder, *_ in os.walk(path)]
+    states = [(str(path), path.stat()) for path in dict.fromkeys(paths + inside) if path.exists()]
     return (__version__, *((path, state.st_mtime_ns, state.st_size) for path, state in states))
