@@ -1,6 +1,7 @@
 """`from_backbones` on folders that hold a random Llama and a random vision encoder."""
 
 import json
+import shutil
 
 import pytest
 import timm
@@ -33,7 +34,7 @@ TEXT = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "bos_token_id": 0,
-    "eos_token_id": [5, 1],
+    "eos_token_id": 1,
 }
 TRANSFORMER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 CONVNEXT = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}
@@ -122,7 +123,9 @@ def test_text_is_the_llama_s_exactly_and_vision_weights_are_unchanged(llama, enc
     assert features.shape[0] == 2 and features.shape[2] == 32
     assert features.shape[1] in ((64 // 32) ** 2, (64 // 16) ** 2)
 
-    assert model.generation_config.eos_token_id == [5, 1]
+    # The Llama's own end of a text, and that of a turn, which the chat template has and a base model's configuration has not.
+    assert reference.generation_config.eos_token_id == 1
+    assert model.generation_config.eos_token_id == [1, 5]
     assert model.generation_config.suppress_tokens == [model.config.image_token_id] == [2]
     assert not model.training
 
@@ -232,3 +235,15 @@ def test_a_tokenizer_without_reserved_tokens_wants_one_named(llama, tmp_path, to
     model = AgeVlmForConditionalGeneration.from_backbones(tmp_path / "text", tmp_path / "vision", image_token_id=2)
     processor = AgeVlmProcessor.from_backbones(tmp_path / "text", tmp_path / "vision", image_token="<|other|>")
     assert processor.image_token_id == model.config.image_token_id
+
+
+@pytest.mark.parametrize("eos, expected", [(None, [5]), (1, [1, 5]), (5, 5), ([1, 5], [1, 5])])
+def test_an_answer_ends_where_the_template_ends_it(llama, tmp_path, eos, expected):
+    timm_wrapper(tmp_path / "vision")
+    shutil.copytree(llama, tmp_path / "text")
+    LlamaForCausalLM(LlamaConfig(**{**TEXT, "eos_token_id": eos})).save_pretrained(tmp_path / "text")
+    parts = {"text": tmp_path / "text", "vision": tmp_path / "vision"}
+    model, processor = (each.from_backbones(**parts) for each in (AgeVlmForConditionalGeneration, AgeVlmProcessor))
+    assert model.generation_config.eos_token_id == expected
+    chat = [{"role": "user", "content": "is it?"}, {"role": "assistant", "content": "yes"}]
+    assert processor.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"][0][-1] == 5

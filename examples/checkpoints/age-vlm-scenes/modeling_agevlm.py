@@ -30,6 +30,9 @@ from .vision_agevlm import (
 
 logger = logging.get_logger(__name__)
 
+# What the processor's chat template, that of Llama 3, has at the end of an answer.
+END_OF_TURN = "<|eot_id|>"
+
 
 @dataclass
 class AgeVlmModelOutputWithPast(AgeVlmTextModelOutput):
@@ -468,8 +471,9 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
         vision_config = getattr(whole_vision_config, "vision_config", whole_vision_config)
         if text_config.model_type != "llama":
             raise ValueError(f"text: '{text}' is a '{text_config.model_type}' model, expected a Llama.")
+        tokenizer = _tokenizer(text)
         if image_token_id is None:
-            image_token_id = _image_token_id(text, text_config)
+            image_token_id = _image_token_id(text, text_config, tokenizer)
         language_model, text_report = load_part("text", text, LlamaForCausalLM, dtype=dtype, output_loading_info=True)
         dtype = language_model.dtype
         if vision_config.model_type == "timm_wrapper" and vision_config.model_args:
@@ -507,6 +511,7 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
         suppressed = model.generation_config.suppress_tokens
         model.generation_config = language_model.generation_config
         model.generation_config.suppress_tokens = suppressed
+        model.generation_config.eos_token_id = _with_end_of_turn(model.generation_config.eos_token_id, tokenizer)
         return model.eval()
 
 
@@ -522,12 +527,24 @@ def load_part(argument: str, name: str | os.PathLike, auto_class, **kwargs):
         ) from error
 
 
-def _image_token_id(text: str | os.PathLike, text_config) -> int:
+def _tokenizer(text: str | os.PathLike):
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(text)
+        return AutoTokenizer.from_pretrained(text)
     except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _with_end_of_turn(eos_token_id: int | list[int] | None, tokenizer) -> int | list[int] | None:
+    """What else ends an answer of a chat: a base model's own configuration knows the end of a text alone."""
+    ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
+    end_of_turn = None if tokenizer is None else tokenizer.get_vocab().get(END_OF_TURN)
+    return eos_token_id if end_of_turn is None or end_of_turn in ends else [*ends, end_of_turn]
+
+
+def _image_token_id(text: str | os.PathLike, text_config, tokenizer) -> int:
+    if tokenizer is None:
         logger.warning(
             f"'{text}' has no tokenizer: the last token of the vocabulary, {text_config.vocab_size - 1}, stands for pictures."
         )
