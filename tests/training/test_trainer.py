@@ -422,6 +422,19 @@ def test_what_becomes_of_bad_steps_is_one_of_two(make_trainer):
         AgeVlmTrainer(make_trainer().model, TrainingArguments(remove_unused_columns=False), non_finite="ignore")
 
 
+def test_batches_stay_whole(make_trainer):
+    """Neither cut among GPUs of one process, nor among processes: pictures and masks are not one a row."""
+    model, options = make_trainer().model, {"remove_unused_columns": False}
+    arguments = TrainingArguments(**options)
+    arguments._n_gpu = 4  # as on a machine with four
+    trainer = AgeVlmTrainer(model, arguments)
+    assert trainer.args.n_gpu == 1 and trainer._train_batch_size == arguments.per_device_train_batch_size
+    assert trainer.accelerator.dispatch_batches is False
+    arguments = TrainingArguments(**options, accelerator_config={"dispatch_batches": True})
+    with pytest.raises(ValueError, match="^args.accelerator_config: got dispatch_batches=True, expected False"):
+        AgeVlmTrainer(model, args=arguments)
+
+
 RANKS = textwrap.dedent(
     """
     import os, pickle, sys

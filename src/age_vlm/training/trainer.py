@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import logging
 
 from ..data.collator import GROUNDING_KEYS
@@ -23,6 +23,19 @@ from .processes import EndedElsewhere
 
 
 logger = logging.get_logger(__name__)
+
+
+def _keep_batches_whole(args: TrainingArguments) -> None:
+    """Pictures and masks of a batch are not one a row: what would cut up its tensors by rows is turned off."""
+    # On several GPUs a process without others would cut them with `DataParallel`.
+    args._n_gpu = min(args.n_gpu, 1)
+    # By default one process reads streams for all. Without, each reads the stream and takes its own batches.
+    if args.accelerator_config.dispatch_batches:
+        raise ValueError(
+            "args.accelerator_config: got dispatch_batches=True, expected False: it cuts batches by rows, which pictures and "
+            "masks are not in."
+        )
+    args.accelerator_config.dispatch_batches = False
 
 
 class AgeVlmTrainer(Trainer):
@@ -52,7 +65,9 @@ class AgeVlmTrainer(Trainer):
 
     def __init__(
         self,
-        *args,
+        model: PreTrainedModel | None = None,
+        args: TrainingArguments | None = None,
+        *others,
         alignment: AlignmentConfig | None = None,
         learning_rates: Mapping[str, float] | None = None,
         non_finite: str = "stop",
@@ -60,7 +75,9 @@ class AgeVlmTrainer(Trainer):
         bad_batches: Path | None = None,
         **kwargs,
     ):
-        super().__init__(*args, **kwargs)
+        if args is not None:
+            _keep_batches_whole(args)
+        super().__init__(model, args, *others, **kwargs)
         if self.args.remove_unused_columns:
             raise ValueError("args.remove_unused_columns: got True, expected False: the collator needs every column.")
         self.alignment = alignment if alignment is not None else AlignmentConfig()
@@ -115,8 +132,8 @@ class AgeVlmTrainer(Trainer):
 
     def get_train_dataloader(self):
         samples, collator = self.train_dataset, self.data_collator
-        # Streams have no numbers, and what one process reads for all others is cut up as tensors only.
-        if isinstance(samples, torch.utils.data.IterableDataset) or self.accelerator.dispatch_batches:
+        # Streams have no numbers.
+        if isinstance(samples, torch.utils.data.IterableDataset):
             return super().get_train_dataloader()
         self.train_dataset, self.data_collator = NamedSamples(samples), NamedBatches(collator, samples)
         try:
