@@ -1,4 +1,4 @@
-"""The models under transformers' own tests: `nox -s transformers_suites -- CHECKOUT` copies this folder into a checkout of
+"""The models under transformers' own tests: `nox -s transformers_suites -- CHECKOUT VERSION` copies this folder into a checkout of
 transformers, as `tests/models/age_vlm`, and runs it there.
 
 Skipped is what transformers' test of FastVLM, a model with an encoder of timm, skips, and nothing else.
