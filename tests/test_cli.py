@@ -223,6 +223,23 @@ def test_overrides_may_stand_anywhere(capsys, recipe):
     refused(capsys, ["demo", "--output", "out", "training.steps=0"], words)
 
 
+def test_a_device_that_is_too_small(capsys, recipe, monkeypatch):
+    def train(options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of 1 GiB.")
+
+    monkeypatch.setattr("age_vlm.cli._train", train)
+    refused(
+        capsys, ["train", str(recipe)], "CUDA out of memory; expected less than the device has: .*training.batch_size"
+    )
+
+    def broken(options):
+        raise RuntimeError("no error of the user's")
+
+    monkeypatch.setattr("age_vlm.cli._train", broken)
+    with pytest.raises(RuntimeError, match="no error of the user's"):
+        main(["train", str(recipe)])
+
+
 def test_train_without_a_recipe(capsys):
     refused(capsys, ["train", "none.yaml"], "recipe: 'none.yaml' is not a file")
 

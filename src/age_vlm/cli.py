@@ -28,6 +28,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         said = error.strerror or " ".join(str(error).split()).rstrip(".") or type(error).__name__
         print(f"age-vlm: {error.filename or 'a file'} could not be written or read: {said}.", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        said = str(error).partition(". ")[0]
+        print(
+            f"age-vlm: {said}; expected less than the device has: lower training.batch_size or turn on "
+            "training.gradient_checkpointing; `age-vlm plan` says what fits.",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         return 130
     return 0

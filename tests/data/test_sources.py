@@ -1,4 +1,5 @@
 import dataclasses
+import io
 from pathlib import Path
 
 import datasets
@@ -308,3 +309,29 @@ def test_sizes_that_differ_are_one_sentence(photographs, tmp_path):
     with pytest.raises(ValueError, match="48.*40|40.*48") as caught:
         load_source(recipe, 0)
     assert "\n" not in str(caught.value)
+
+
+def test_chats_whose_content_is_a_text(tmp_path):
+    rows = [{"id": "a", "images": [], "messages": [{"role": "user", "content": "what?"}], "groundings": []}]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path)
+    with pytest.raises(ValueError, match="^data.path: '.*' has messages whose content is a text, expected a list of p"):
+        open_dataset(str(tmp_path))
+
+
+def test_a_damaged_picture_in_the_held_out_part_is_named(tmp_path):
+    chat = [user_message("is it red?", images=1), assistant_message("yes")]
+    rows = [
+        {"id": name, "images": [{"bytes": content, "path": None}], "messages": chat, "groundings": []}
+        for name, content in (("whole", png()), ("broken", b"no picture at all"))
+    ]
+    datasets.Dataset.from_list(rows, features=FEATURES).save_to_disk(tmp_path)
+    samples = open_dataset(str(tmp_path))
+    assert len(yes_no_items(samples, [0], 9)) == 1
+    with pytest.raises(ValueError, match="^held-out data: sample 'broken' .number 1. could not be read: "):
+        yes_no_items(samples, [0, 1], 9)
+
+
+def png() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(buffer, "PNG")
+    return buffer.getvalue()

@@ -33,9 +33,10 @@ def test_another_run_is_refused(tmp_path):
         ShardFolder(tmp_path, {**MANIFEST, "settings": {"min_score": 0.3}}).claim()
     with pytest.raises(ValueError, match="teacher.weights 'not set', this one has 'abc'"):
         ShardFolder(tmp_path, {**MANIFEST, "teacher": {"weights": "abc"}}).claim()
-    (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match="output: .*manifest.json' is damaged"):
-        ShardFolder(tmp_path, MANIFEST).claim()
+    for content in ("{", "[]", "null"):
+        (tmp_path / "manifest.json").write_text(content)
+        with pytest.raises(ValueError, match="output: .*manifest.json' is damaged"):
+            ShardFolder(tmp_path, MANIFEST).claim()
 
 
 def test_other_things_are_left_alone(tmp_path):

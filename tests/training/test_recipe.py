@@ -64,6 +64,7 @@ def test_trackers_are_those_that_are_there():
     for name, words in (
         ("tensorbord", "got 'tensorbord', expected some of .*trackio.* .nearest: 'tensorboard'"),
         ("neptune", "got 'neptune', which is not installed .pip install neptune"),
+        ("flyte", "got 'flyte', which is not installed .pip install flyte"),
     ):
         with pytest.raises(ValueError, match=f"^training.report_to: {words}"):
             load_recipe(SCENES, [f"training.report_to=[{name}]"])
@@ -204,6 +205,9 @@ def test_a_misspelt_key_is_named_with_a_nearest_valid_one(key, data):
         ("mix=[scenes]", "^mix.0: got 'scenes', expected keys and values"),
         ("mix=scenes", "^mix: got 'scenes', expected list"),
         ("mix.0.weight=1", "^mix: got {'0': {'weight': 1}}, expected list"),
+        ("model.image_size=-64", "^model.image_size: got -64, expected pixels, at least 1"),
+        ("model.image_size=[64, 0]", "^model.image_size: got .64, 0., expected pixels, at least 1"),
+        ("model.config={5: 1}", "^model.config: got the key 5, expected names of fields"),
         ("model.dtype=float32", "^model.dtype: got 'float32' without model.text"),
         ("alignment.schedule=cosin", "^alignment.schedule: got 'cosin', .*nearest: 'cosine'"),
         ("alignment.final_weight=-1", "^alignment.final_weight: got -1"),

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from .mix import Mix
 from .questions import EvaluationItem, Question
+from .sample_names import sample_name
 from .schema import FEATURES, Message, Sample, message_text
 from .stored import load_stored
 
@@ -203,6 +204,12 @@ def open_dataset(path: str, split: str = "train") -> datasets.Dataset:
     missing = [column for column in FEATURES if column not in samples.column_names]
     if missing:
         raise ValueError(f"data.path: '{path}' lacks the columns {', '.join(missing)} of the schema.")
+    chat = samples.select_columns(["messages"])[0]["messages"] if len(samples) else None
+    if any(isinstance(message["content"], str) for message in chat or ()):
+        raise ValueError(
+            f"data.path: '{path}' has messages whose content is a text, expected a list of parts like "
+            '{"type": "text", "text": ...}.'
+        )
     if samples.features["images"] != FEATURES["images"]:
         # Written by other tools, pictures are bytes without a type.
         samples = samples.cast_column("images", FEATURES["images"])
@@ -223,7 +230,11 @@ def yes_no_items(samples: Sequence[Sample], numbers: Sequence[int], most: int) -
     asking = [number for number in numbers if any(_yes_no_turns(chats[number]["messages"]))]
     items = []
     for number in _spread(asking, most):
-        sample = samples[number]
+        try:
+            sample = samples[number]
+        # Decoders of damaged pictures raise nearly anything.
+        except Exception as error:
+            raise ValueError(f"held-out data: {sample_name(samples, number)} could not be read: {error}.") from error
         image_id = f"{number}:{sample['id']}"
         questions = []
         for message, text, answer in _yes_no_turns(sample["messages"]):

@@ -59,7 +59,7 @@ class ShardFolder:
     def _compare(self, path: Path) -> None:
         try:
             there = _flat(json.loads(path.read_text("utf-8")))
-        except ValueError:
+        except (ValueError, AttributeError):
             raise ValueError(f"output: '{path}' is damaged, expected the manifest of an earlier run.") from None
         here = _flat(self.manifest)
         for name in here.keys() | there.keys():

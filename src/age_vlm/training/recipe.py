@@ -41,6 +41,11 @@ class ModelRecipe:
             raise ValueError(f"model.attention: got '{self.attention}', expected 'eager', 'sdpa' or 'flex_attention'.")
         if isinstance(self.image_size, list) and len(self.image_size) != 2:
             raise ValueError(f"model.image_size: got {self.image_size}, expected a side, or a height and a width.")
+        sides = self.image_size if isinstance(self.image_size, list) else [self.image_size]
+        if any(side is not None and side < 1 for side in sides):
+            raise ValueError(f"model.image_size: got {self.image_size}, expected pixels, at least 1.")
+        if strange := [key for key in self.config if not isinstance(key, str)]:
+            raise ValueError(f"model.config: got the key {strange[0]!r}, expected names of fields of AgeVlmConfig.")
         if self.preset not in PRESETS:
             nearest = get_close_matches(self.preset, PRESETS, n=1, cutoff=0.0)[0]
             raise ValueError(
@@ -250,6 +255,7 @@ class TrainingRecipe:
         from transformers.integrations.integration_utils import (
             INTEGRATION_TO_CALLBACK,
             get_available_reporting_integrations,
+            is_flytekit_available,
         )
 
         installed = get_available_reporting_integrations()
@@ -261,7 +267,7 @@ class TrainingRecipe:
                     f"(nearest: '{nearest}')."
                 )
             # transformers looks for flyte only when it is used.
-            if name != "flyte" and name not in installed:
+            if not (is_flytekit_available() if name == "flyte" else name in installed):
                 raise ValueError(f"training.report_to: got '{name}', which is not installed (pip install {name}).")
 
 
