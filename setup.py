@@ -38,6 +38,8 @@ INSTALL_REQUIRES = [
 EXTRAS_REQUIRE = {
     # the `sam2` package of Meta builds from source against the installed torch
     "sam2": ["sam2>=1.1"],
+    # ZeRO-2 and ZeRO-3; builds from source, too; older releases have not been tried
+    "deepspeed": ["deepspeed>=0.19,<1"],
     # hqq quantises caches on a CPU, where optimum-quanto first compiles C++ for over a minute
     # xdist for a test process on each core; tensorboard to read back what was logged; torch 2.6 compiles flex attention
     # with setuptools

@@ -3,7 +3,7 @@
     python examples/ablation_label_maps.py --images PICTURES --labels LABELS --classes sky building --ignore 11
 
 Under an hour on 2 cores for 600 steps. The last 20 % of the frames by name are held out; random crops of
-the others train, from scratch. Writes docs/results/label-maps-<environment>.csv and .md. Seeds are of weights, crops and
+the others train, from scratch. Writes docs/results/label-maps-<steps>-steps-<environment>.csv and .md. Seeds are of weights, crops and
 their order, and are paired: all arms of a seed start from the same weights and see the same crops.
 """
 
@@ -60,7 +60,6 @@ def main() -> None:
 
     passed = ["--images", options.images, "--labels", options.labels, "--classes", *options.classes]
     passed += ["--recipe", options.recipe, "--ignore", *map(str, options.ignore), "--set", *options.set]
-    rows = []
     for steps in lengths:
         jobs = [
             (f"{arm} {seed} {steps}", [*passed, "--arms", arm, "--seeds", str(seed), "--steps", str(steps)])
@@ -68,13 +67,12 @@ def main() -> None:
             for arm in options.arms
         ]
         results = run_all(__file__, jobs, Path(options.work), options.workers)
-        rows += [row(result, options.small) for result in results]
-    rows += prior_rows(recipe)
-    name = Path(options.output) / f"label-maps-{environment_name(results[0]['environment'])}"
-    name.parent.mkdir(parents=True, exist_ok=True)
-    write_csv(Path(f"{name}.csv"), rows)
-    write_markdown(Path(f"{name}.md"), rows, by="arm")
-    print(Path(f"{name}.md").read_text("utf-8"))
+        rows = [row(result, options.small) for result in results] + prior_rows(recipe)
+        name = Path(options.output) / f"label-maps-{steps}-steps-{environment_name(results[0]['environment'])}"
+        name.parent.mkdir(parents=True, exist_ok=True)
+        write_csv(Path(f"{name}.csv"), rows)
+        write_markdown(Path(f"{name}.md"), rows, by="arm")
+        print(Path(f"{name}.md").read_text("utf-8"))
 
 
 def presence_figures(model, processor, items) -> dict:
@@ -111,7 +109,7 @@ def row(result: dict, small: list[str]) -> dict:
         if min(test["absent by class"][name], test["present by class"][name]) >= BALANCED
     ]
     return {
-        "arm": f"{result['arm']}, {result['recipe']['training']['steps']} steps",
+        "arm": result["arm"],
         "seed": result["seed"],
         "parameters": result["parameters"],
         "minutes": result["seconds"] / 60,
