@@ -118,6 +118,21 @@ def tiny_sam3(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def small_memory():
+    """Configuration of the parts that follow things through a video."""
+    return {
+        "memory_attention_hidden_size": 32,
+        "memory_attention_num_layers": 1,
+        "memory_attention_feed_forward_hidden_size": 32,
+        "memory_encoder_hidden_size": 32,
+        "memory_encoder_output_channels": 16,
+        "memory_fuser_embed_dim": 32,
+        "memory_fuser_intermediate_dim": 32,
+        "mask_downsampler_embed_dim": 32,
+    }
+
+
+@pytest.fixture(scope="session")
 def sam2_teacher(tiny_sam2):
     return load_teacher("sam2-transformers", tiny_sam2, device="cpu")
 

@@ -6,19 +6,6 @@ from transformers import Sam2VideoConfig, Sam2VideoModel
 from age_vlm.grounding import Prompt, load_teacher
 
 
-# Of the parts that follow things through a video.
-SMALL_MEMORY = {
-    "memory_attention_hidden_size": 32,
-    "memory_attention_num_layers": 1,
-    "memory_attention_feed_forward_hidden_size": 32,
-    "memory_encoder_hidden_size": 32,
-    "memory_encoder_output_channels": 16,
-    "memory_fuser_embed_dim": 32,
-    "memory_fuser_intermediate_dim": 32,
-    "mask_downsampler_embed_dim": 32,
-}
-
-
 def test_masks_have_the_size_of_their_picture(sam2_teacher, pictures, prompts):
     answers = sam2_teacher.ground(pictures, prompts)
     for picture, asked, found in zip(pictures, prompts, answers):
@@ -79,11 +66,11 @@ def test_lower_precision(tiny_sam2, sam2_teacher, pictures, prompts, dtype):
             assert np.isfinite(a.scores).all() and (a.masks == b.masks).mean() > 0.8
 
 
-def test_a_checkpoint_for_videos(tiny_sam2, sam2_teacher, pictures, prompts, same, tmp_path):
+def test_a_checkpoint_for_videos(small_memory, tiny_sam2, sam2_teacher, pictures, prompts, same, tmp_path):
     """Published SAM 2 checkpoints are of this type."""
     config = sam2_teacher.model.config.to_dict()
     parts = ("vision_config", "prompt_encoder_config", "mask_decoder_config")
-    model = Sam2VideoModel(Sam2VideoConfig(**{part: config[part] for part in parts}, image_size=128, **SMALL_MEMORY))
+    model = Sam2VideoModel(Sam2VideoConfig(**{part: config[part] for part in parts}, image_size=128, **small_memory))
     assert not model.load_state_dict(sam2_teacher.model.state_dict(), strict=False).unexpected_keys
     model.save_pretrained(tmp_path)
     sam2_teacher.processor.save_pretrained(tmp_path)

@@ -6,19 +6,6 @@ from transformers import Sam3VideoConfig, Sam3VideoModel
 from age_vlm.grounding import Prompt, load_teacher
 
 
-# Of the parts that follow things through a video.
-SMALL_MEMORY = {
-    "memory_attention_hidden_size": 32,
-    "memory_attention_num_layers": 1,
-    "memory_attention_feed_forward_hidden_size": 32,
-    "memory_encoder_hidden_size": 32,
-    "memory_encoder_output_channels": 16,
-    "memory_fuser_embed_dim": 32,
-    "memory_fuser_intermediate_dim": 32,
-    "mask_downsampler_embed_dim": 32,
-}
-
-
 @pytest.fixture(scope="module")
 def prompts():
     return [[Prompt("red dog"), Prompt("a cat")], [], [Prompt("red dog")]]
@@ -97,7 +84,7 @@ def test_lower_precision(tiny_sam3, sam3_teacher, pictures, prompts):
     assert low.identity()["dtype"] == "bfloat16"
 
 
-def test_a_checkpoint_for_videos(sam3_teacher, pictures, prompts, same, tmp_path):
+def test_a_checkpoint_for_videos(small_memory, sam3_teacher, pictures, prompts, same, tmp_path):
     """Published SAM 3 checkpoints are of this type."""
     detector = sam3_teacher.model.config.to_dict()
     tracker = {
@@ -105,7 +92,7 @@ def test_a_checkpoint_for_videos(sam3_teacher, pictures, prompts, same, tmp_path
         "prompt_encoder_config": {"hidden_size": 32, "image_size": 112, "patch_size": 14},
         "mask_decoder_config": {"hidden_size": 32, "mlp_dim": 64, "num_attention_heads": 4, "iou_head_hidden_dim": 32},
         "image_size": 112,
-        **SMALL_MEMORY,
+        **small_memory,
     }
     model = Sam3VideoModel(Sam3VideoConfig(detector_config=detector, tracker_config=tracker))
     model.detector_model.load_state_dict(sam3_teacher.model.state_dict())

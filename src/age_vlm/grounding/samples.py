@@ -296,6 +296,8 @@ def _embedded(picture: Any) -> dict[str, Any]:
                 content = file.read()
         except FileNotFoundError:
             raise Unusable("image file is missing") from None
+        except ImportError as error:
+            raise Unusable("image path needs a package that is not installed") from error
         # A path can be of any storage that fsspec knows, and each raises errors of its own.
         except Exception:
             raise Unusable("image file cannot be read") from None
