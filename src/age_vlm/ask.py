@@ -14,6 +14,7 @@ from .analysis.overlay import overlay_sheet
 from .data.chat import ChatEncoder
 from .data.collator import token_grid_size
 from .data.schema import assistant_message, user_message
+from .errors import UserError
 from .evaluation.attention import chosen_heads, picture_attention
 from .hub import load_checkpoint
 from .modeling_agevlm import AgeVlmForConditionalGeneration
@@ -62,10 +63,10 @@ def ask(
         image: whatever the processor takes: path, URL, PIL image, array, tensor.
 
     Raises:
-        ValueError: one sentence, for an empty question or a picture that cannot be read.
+        UserError: one sentence, for an empty question or a picture that cannot be read.
     """
     if not question.strip():
-        raise ValueError("question: got an empty text, expected a question.")
+        raise UserError("question: got an empty text, expected a question.")
     picture = load_rgb(image)
     if not isinstance(picture, PIL.Image.Image):
         picture = PIL.Image.fromarray(picture.permute(1, 2, 0).to(torch.uint8).numpy())
@@ -108,12 +109,12 @@ def load(folder: str | Path | None) -> tuple[AgeVlmForConditionalGeneration, Age
     """Model and processor from a folder or a Hub id; the checkpoint that comes with the repository for `None`.
 
     Raises:
-        ValueError: one sentence, where there is none.
+        UserError: one sentence, where there is none.
     """
     if folder is None:
         folder = bundled_checkpoint()
         if not folder.is_dir():
-            raise ValueError(
+            raise UserError(
                 "model: none was named and the example checkpoint is not here (it comes with the repository, not with the "
                 "package), expected --model with a folder or Hub id; `age-vlm demo` trains one."
             )

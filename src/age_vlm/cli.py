@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
+from .errors import UserError
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; a user's error is one sentence on standard error and exit code 2."""
@@ -182,7 +184,7 @@ def _plan(options: argparse.Namespace) -> None:
         overhead=options.overhead,
     )
     if options.json and not Path(options.json).absolute().parent.is_dir():
-        raise ValueError(f"--json: '{options.json}' is not in a folder that exists.")
+        raise UserError(f"--json: '{options.json}' is not in a folder that exists.")
     made = plans(options.recipe, options.overrides, hardware, length=options.length)
 
     import json
@@ -240,7 +242,7 @@ def _ask(options: argparse.Namespace) -> None:
     from .ask import ask, load
 
     if options.overlay and not Path(options.overlay).absolute().parent.is_dir():
-        raise ValueError(f"--overlay: '{options.overlay}' is not in a folder that exists.")
+        raise UserError(f"--overlay: '{options.overlay}' is not in a folder that exists.")
     model, processor = load(options.model)
     answer = ask(model, processor, options.image, options.question, max_new_tokens=options.max_new_tokens)
     print(answer.text)

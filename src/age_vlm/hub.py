@@ -15,6 +15,7 @@ from transformers.utils import find_adapter_config_file, has_file
 
 from .configuration import AgeVlmConfig
 from .configuration.configuration_agevlm import unknown_option
+from .errors import UserError
 from .model_card import THIS_REPOSITORY, parts_card
 from .modeling_agevlm import AgeVlmForConditionalGeneration
 from .processing import AgeVlmProcessor
@@ -24,7 +25,7 @@ def save_checkpoint(model, processor, folder: str | Path, card: str | None = Non
     """Writes everything beside `folder` first and moves it into place last: a failure leaves what was there before.
 
     Raises:
-        ValueError: one sentence, where the disk is full or may not be written to.
+        UserError: one sentence, where the disk is full or may not be written to.
     """
     folder = Path(folder)
     unfinished = None
@@ -41,7 +42,7 @@ def save_checkpoint(model, processor, folder: str | Path, card: str | None = Non
         _swap(unfinished, folder)
     except (OSError, SafetensorError) as error:
         kept = "; the checkpoint that was there is unchanged" if folder.exists() else ""
-        raise ValueError(f"checkpoint: '{folder}' could not be written: {error}{kept}.") from error
+        raise UserError(f"checkpoint: '{folder}' could not be written: {error}{kept}.") from error
     finally:
         if unfinished is not None:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -109,10 +110,10 @@ def load_checkpoint(
         config: fields of `AgeVlmConfig` to change.
 
     Raises:
-        ValueError: one sentence, where there is none, or something else than an AGE-VLM.
+        UserError: one sentence, where there is none, or something else than an AGE-VLM.
     """
     if unknown := unknown_option(config):
-        raise ValueError(unknown)
+        raise UserError(unknown)
     try:
         adapter = find_adapter_config_file(name)
         if adapter is not None and not (Path(name) / "config.json").is_file():
@@ -120,7 +121,7 @@ def load_checkpoint(
         # Looked at first: transformers would load any other model's file too, with random weights for what is missing.
         kind = AutoConfig.from_pretrained(name).model_type
         if kind != AgeVlmConfig.model_type:
-            raise ValueError(f"it holds a model of type '{kind}'")
+            raise UserError(f"it holds a model of type '{kind}'")
         model, report = AgeVlmForConditionalGeneration.from_pretrained(
             name, ignore_mismatched_sizes=True, output_loading_info=True, **config
         )
@@ -128,16 +129,16 @@ def load_checkpoint(
         return model, AgeVlmProcessor.from_pretrained(name)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
-        raise ValueError(f"{argument}: '{name}' could not be loaded as an AGE-VLM: {reason}.") from error
+        raise UserError(f"{argument}: '{name}' could not be loaded as an AGE-VLM: {reason}.") from error
 
 
 def check_weights(report: dict) -> None:
-    """Raises ValueError, without the name of the checkpoint, where weights are missing or of another shape."""
+    """Raises UserError, without the name of the checkpoint, where weights are missing or of another shape."""
     if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"it lacks {len(missing)} weights, first '{missing[0]}'")
+        raise UserError(f"it lacks {len(missing)} weights, first '{missing[0]}'")
     if mismatched := sorted(report["mismatched_keys"]):
         name, saved, expected = mismatched[0]
-        raise ValueError(f"its '{name}' has shape {tuple(saved)}, expected {tuple(expected)}")
+        raise UserError(f"its '{name}' has shape {tuple(saved)}, expected {tuple(expected)}")
 
 
 def _load_adapter(name: str | Path, base: str, config: dict) -> tuple[AgeVlmForConditionalGeneration, AgeVlmProcessor]:

@@ -12,6 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..errors import UserError
+
 
 _MARGIN = 12
 _FONT_SIZE = 15
@@ -33,13 +35,13 @@ def overlay(image: Image.Image, attention: Tensor, *, alpha: float = 0.65, color
     Returns:
         RGB picture of the size of `image`.
 
-    Raises ValueError for a map that is not (h, w), finite and non-negative, an alpha outside [0, 1] or an unknown
+    Raises UserError for a map that is not (h, w), finite and non-negative, an alpha outside [0, 1] or an unknown
     colormap.
     """
     if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must lie in [0, 1], got {alpha}.")
+        raise UserError(f"alpha must lie in [0, 1], got {alpha}.")
     if colormap not in matplotlib.colormaps:
-        raise ValueError(f"colormap must be one of matplotlib's, got {colormap!r}.")
+        raise UserError(f"colormap must be one of matplotlib's, got {colormap!r}.")
     heat = _stretched(attention, image.size)
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
     colour = matplotlib.colormaps[colormap](heat)[..., :3].astype(np.float32) * 255
@@ -53,9 +55,9 @@ def _stretched(attention: Tensor, size: tuple[int, int]) -> np.ndarray:
     """(height, width) float32 in [0, 1], of a picture of `size` (width, height); 0 is no attention, 1 the peak."""
     attention = torch.as_tensor(attention).detach().float().cpu()
     if attention.ndim != 2 or attention.numel() == 0:
-        raise ValueError(f"attention must be (h, w), got {tuple(attention.shape)}.")
+        raise UserError(f"attention must be (h, w), got {tuple(attention.shape)}.")
     if not (torch.isfinite(attention).all() and (attention >= 0).all()):
-        raise ValueError("attention must be finite and non-negative, got values that are not.")
+        raise UserError("attention must be finite and non-negative, got values that are not.")
     heat = F.interpolate(attention[None, None], size=size[::-1], mode="bilinear", align_corners=False)[0, 0]
     return (heat / heat.max().clamp(min=torch.finfo(heat.dtype).tiny)).numpy()
 
@@ -80,10 +82,10 @@ def overlay_sheet(
         columns: most tiles in a row.
         tile: longer side of a tile in pixels.
 
-    Raises ValueError for columns or a tile below 1, and what `overlay` refuses.
+    Raises UserError for columns or a tile below 1, and what `overlay` refuses.
     """
     if columns < 1 or tile < 1:
-        raise ValueError(f"columns and tile must be at least 1, got {columns} and {tile}.")
+        raise UserError(f"columns and tile must be at least 1, got {columns} and {tile}.")
     scale = tile / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     # A drawn 64-pixel scene keeps its pixels when enlarged; a photograph is smoothed down.

@@ -12,6 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ..errors import UserError
 from ..pages import render_page
 from ..whole_files import write_whole
 
@@ -46,11 +47,11 @@ def write_report(
     Returns:
         The path written.
 
-    Raises ValueError when the folder does not exist, and OSError when it cannot be written; the old file then survives.
+    Raises UserError when the folder does not exist, and OSError when it cannot be written; the old file then survives.
     """
     path = Path(path)
     if not path.parent.is_dir():
-        raise ValueError(f"path must lie in an existing folder, got {str(path)!r}.")
+        raise UserError(f"path must lie in an existing folder, got {str(path)!r}.")
     page = render_page(
         "report",
         {"value": _shown},

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from ..errors import UserError
 from .schema import Message
 
 
@@ -46,7 +47,7 @@ class ChatEncoder:
     Encodings are kept: the questions of a data set repeat from picture to picture, and from epoch to epoch.
 
     Raises:
-        ValueError: one sentence, for a chat template that changes the text of messages.
+        UserError: one sentence, for a chat template that changes the text of messages.
     """
 
     def __init__(self, processor, cache_size: int = 65_536):
@@ -97,7 +98,7 @@ class ChatEncoder:
         if re.sub(f"{first}\\d*{last}", "", marked) != rendered or any(
             not rendered.startswith(texts[number], place) for number, place in places.items()
         ):
-            raise ValueError(
+            raise UserError(
                 "chat_template: changes the text of messages, expected one that keeps it: phrases are found by it."
             )
         pieces, number = [], 0

@@ -9,6 +9,7 @@ from functools import lru_cache, partial
 import PIL.Image
 import torch
 
+from ..errors import UserError
 from ..processing import ImageGeometry
 from ..processing.images_agevlm import load_rgb
 from .chat import ChatEncoder, EncodedChat
@@ -62,7 +63,7 @@ class AgeVlmCollator:
     picture of its row, `grounding_coverage` (groundings, rows x columns) how much of each image token the mask covers.
 
     Raises:
-        ValueError: one sentence, for a sample that does not follow the schema or still lacks masks, or a picture that
+        UserError: one sentence, for a sample that does not follow the schema or still lacks masks, or a picture that
             `max_length` cuts off.
     """
 
@@ -79,7 +80,7 @@ class AgeVlmCollator:
         pack_length: int | None = None,
     ):
         if phrase_rows not in ("last", "all"):
-            raise ValueError(f"phrase_rows: got '{phrase_rows}', expected 'last' or 'all'.")
+            raise UserError(f"phrase_rows: got '{phrase_rows}', expected 'last' or 'all'.")
         self.processor = processor
         self.grid = grid
         self.independent_turns = independent_turns
@@ -154,7 +155,7 @@ class AgeVlmCollator:
         for chat, chat_images, chat_groundings in self._chats(sample):
             tokens = chat.input_ids.count(self.processor.image_token_id)
             if tokens != len(chat_images):
-                raise ValueError(
+                raise UserError(
                     f"messages: sample '{sample['id']}' has {tokens} image tokens in its rendered text, expected "
                     f"{len(chat_images)}, one for each image part."
                 )
@@ -203,7 +204,7 @@ class AgeVlmCollator:
         for (message, start, end, image), items in phrases.items():
             tokens = chat.phrase_tokens(message, start, end)
             if not tokens:
-                raise ValueError(
+                raise UserError(
                     f"groundings: sample '{sample['id']}' has the span [{start}, {end}) in message {items[0]['message']}, "
                     "which no token of the rendered chat holds."
                 )
@@ -227,7 +228,7 @@ class AgeVlmCollator:
         if most is None or len(ids) <= most:
             return whole
         if self.processor.image_token_id in ids[most:]:
-            raise ValueError(
+            raise UserError(
                 f"max_length: sample '{sample['id']}' has {len(ids)} tokens and a picture after token {most}, "
                 "expected a length that keeps all image tokens."
             )
@@ -269,7 +270,7 @@ class AgeVlmCollator:
 def _require_masks(sample: Sample) -> None:
     missing = sum(item["mask"] is None for item in sample["groundings"])
     if missing:
-        raise ValueError(
+        raise UserError(
             f"groundings: sample '{sample['id']}' lacks the mask of {missing} of its phrases, expected one for each: make "
             "them with `age-vlm ground`, or leave these groundings out."
         )

@@ -24,6 +24,8 @@ from age_vlm.data.masks import encode_mask
 from age_vlm.data.questions import MODES, NUMBER_WORDS, EvaluationItem, KindStatistics, Question, existence_negatives
 from age_vlm.data.schema import Grounding, Message, Sample, assistant_message, grounding, user_message
 
+from ..errors import UserError
+
 
 CAPTION_REQUEST = "describe the picture."
 IGNORED = 255
@@ -73,7 +75,7 @@ class LabelMaps:
         present, absent: a class is present in a crop from this share of its area on, and absent up to that one. Between
             the two it is neither asked about nor mentioned.
 
-    Raises ValueError for a missing folder, no image with a label map, a file that cannot be read, a label map whose
+    Raises UserError for a missing folder, no image with a label map, a file that cannot be read, a label map whose
     size is not its image's, an index that is neither a class nor ignored, or shares that are not 0 <= absent < present
     <= 1.
     """
@@ -91,7 +93,7 @@ class LabelMaps:
     ) -> None:
         self.classes = _class_names(classes)
         if not 0 <= absent < present <= 1:
-            raise ValueError(
+            raise UserError(
                 f"present and absent must be shares with 0 <= absent < present <= 1, got {present}, {absent}."
             )
         self.present, self.absent = present, absent
@@ -100,7 +102,7 @@ class LabelMaps:
         instance_files = _files(instances, "instances", suffix=".png") if instances is not None else {}
         names = sorted(image_files.keys() & label_files.keys())
         if not names:
-            raise ValueError(
+            raise UserError(
                 f"images and labels must share file stems, got none among {len(image_files)} files of {images} "
                 f"and {len(label_files)} PNGs of {labels}."
             )
@@ -109,7 +111,7 @@ class LabelMaps:
                 f"{len(image_files) - len(names)} of {len(image_files)} images have no label map.", stacklevel=2
             )
         if instances is not None and (missing := [name for name in names if name not in instance_files]):
-            raise ValueError(f"instances must hold a PNG for every frame, got none for {missing[0]!r} in {instances}.")
+            raise UserError(f"instances must hold a PNG for every frame, got none for {missing[0]!r} in {instances}.")
         table = _index_table(len(self.classes), ignore)
         self.frames: tuple[Frame, ...] = tuple(
             _read_frame(name, image_files[name], label_files[name], instance_files.get(name), table, len(self.classes))
@@ -130,16 +132,16 @@ class LabelMaps:
 
         Names, not chance, because neighbouring frames of a video are near copies and would leak from part to part.
 
-        Raises ValueError when a share is not in (0, 1), or a part would be empty.
+        Raises UserError when a share is not in (0, 1), or a part would be empty.
         """
         for name, share in (("fraction", fraction), ("validation", validation)):
             if not 0 < share < 1:
-                raise ValueError(f"{name} must lie between 0 and 1, got {share}.")
+                raise UserError(f"{name} must lie between 0 and 1, got {share}.")
         n_test = max(1, round(len(self) * fraction))
         n_validation = max(1, round((len(self) - n_test) * validation))
         n_train = len(self) - n_test - n_validation
         if n_train < 1:
-            raise ValueError(f"a split needs a frame for each of its three parts, got {len(self)} frames.")
+            raise UserError(f"a split needs a frame for each of its three parts, got {len(self)} frames.")
         return Splits(
             self.subset(self.frames[:n_train]),
             self.subset(self.frames[n_train : n_train + n_validation]),
@@ -218,20 +220,20 @@ class LabelMaps:
 def _class_names(classes: Sequence[str]) -> tuple[str, ...]:
     names = tuple(str(name).strip().lower() for name in classes)
     if not 0 < len(names) <= IGNORED or not all(names) or len(set(names)) < len(names):
-        raise ValueError(f"classes must be 1 to {IGNORED} different names, got {list(classes)!r}.")
+        raise UserError(f"classes must be 1 to {IGNORED} different names, got {list(classes)!r}.")
     return names
 
 
 def _files(folder: str | Path, argument: str, suffix: str | None = None) -> dict[str, Path]:
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{argument} must be a folder, got {str(folder)!r}, which is none.")
+        raise UserError(f"{argument} must be a folder, got {str(folder)!r}, which is none.")
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or not path.is_file() or (suffix and path.suffix.lower() != suffix):
             continue
         if path.stem in files:
-            raise ValueError(f"{argument} must hold one file per stem, got {files[path.stem].name} and {path.name}.")
+            raise UserError(f"{argument} must hold one file per stem, got {files[path.stem].name} and {path.name}.")
         files[path.stem] = path
     return files
 
@@ -242,7 +244,7 @@ def _index_table(n_classes: int, ignore: Sequence[int]) -> np.ndarray:
     table[:n_classes] = np.arange(n_classes)
     for index in ignore:
         if not 0 <= index < len(table):
-            raise ValueError(f"ignore must hold indices of 0 to {len(table) - 1}, got {index}.")
+            raise UserError(f"ignore must hold indices of 0 to {len(table) - 1}, got {index}.")
         table[index] = IGNORED
     return table
 
@@ -254,15 +256,15 @@ def _open(path: Path) -> Image.Image:
             return ImageOps.exif_transpose(image)
     # Pillow's decoders report broken files by any of these.
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} must be an image that can be read, got: {error}.") from None
+        raise UserError(f"{path} must be an image that can be read, got: {error}.") from None
 
 
 def _read_indices(path: Path, image_path: Path, size: tuple[int, int]) -> np.ndarray:
     picture = _open(path)
     if picture.mode not in _INDEX_MODES:
-        raise ValueError(f"{path} must hold one index per pixel, got a picture of mode {picture.mode}.")
+        raise UserError(f"{path} must hold one index per pixel, got a picture of mode {picture.mode}.")
     if picture.size != size:
-        raise ValueError(
+        raise UserError(
             f"{path} must have the size of its image {image_path.name}, {size[0]} x {size[1]}, "
             f"got {picture.size[0]} x {picture.size[1]}."
         )
@@ -276,7 +278,7 @@ def _read_frame(
     indices = _read_indices(label_path, image_path, image.size)
     labels = table[indices]
     if (labels < 0).any():
-        raise ValueError(
+        raise UserError(
             f"{label_path} holds the class index {indices[labels < 0][0]}, "
             f"expected 0 to {n_classes - 1} (one per name in classes) or an index listed in ignore."
         )
@@ -288,9 +290,9 @@ def _random_box(
     shape: tuple[int, ...], size: tuple[int, int], min_side: float, rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
     if min(size) < 1:
-        raise ValueError(f"size must be a positive width and height, got {size}.")
+        raise UserError(f"size must be a positive width and height, got {size}.")
     if not 0 < min_side <= 1:
-        raise ValueError(f"min_side must lie in (0, 1], got {min_side}.")
+        raise UserError(f"min_side must lie in (0, 1], got {min_side}.")
     height, width = shape[:2]
     scale = min(width / size[0], height / size[1]) * rng.uniform(min_side, 1)
     box_width = min(width, max(1, round(size[0] * scale)))
@@ -356,10 +358,10 @@ def label_map_sample(
     is grounded where the class is present. With instance maps, one counting question ends the chat where one can be
     asked. `texts` keeps some of these kinds only, of `caption`, `existence` and `count`; there may be nothing to keep.
 
-    Raises ValueError when `questions` is neither "all" nor a number from 0 on.
+    Raises UserError when `questions` is neither "all" nor a number from 0 on.
     """
     if questions != "all" and not (isinstance(questions, int) and questions >= 0):
-        raise ValueError(f"questions must be 'all' or a number from 0 on, got {questions!r}.")
+        raise UserError(f"questions must be 'all' or a number from 0 on, got {questions!r}.")
     presence = maps.presence(crop.labels)
     shown = [name for name, is_present in presence.items() if is_present]
     masks = {name: encode_mask(maps.mask(crop, name)) for name in shown}
@@ -398,7 +400,7 @@ class LabelMapsDataset(Dataset):
     `texts` leaves a crop without any, one from beyond these indices takes its place.
 
     Raises:
-        ValueError: `length` is below 1; on access, where no crop has texts of these kinds.
+        UserError: `length` is below 1; on access, where no crop has texts of these kinds.
     """
 
     def __init__(
@@ -414,7 +416,7 @@ class LabelMapsDataset(Dataset):
         texts: Collection[str] | None = None,
     ) -> None:
         if length < 1:
-            raise ValueError(f"length must be at least 1, got {length}.")
+            raise UserError(f"length must be at least 1, got {length}.")
         self.texts = texts
         self.maps, self.length, self.seed = maps, length, seed
         self.size, self.min_side, self.augment, self.questions = size, min_side, augment, questions
@@ -430,9 +432,7 @@ class LabelMapsDataset(Dataset):
             sample = self._sample(number)
             if sample["messages"]:
                 return sample
-        raise ValueError(
-            f"texts must be of a kind that crops have, got {self.texts}, which {_TRIES} crops had none of."
-        )
+        raise UserError(f"texts must be of a kind that crops have, got {self.texts}, which {_TRIES} crops had none of.")
 
     def _sample(self, index: int) -> Sample:
         epoch, position = divmod(index, len(self.maps))

@@ -7,6 +7,8 @@ from typing import Any, TypedDict
 import numpy as np
 from pycocotools import mask as coco
 
+from ..errors import UserError
+
 
 class MaskRLE(TypedDict):
     """A compressed COCO RLE: `size` is [height, width] in pixels, `counts` the runs as ASCII text."""
@@ -19,11 +21,11 @@ def encode_mask(mask: np.ndarray) -> MaskRLE:
     """Encode a boolean mask of shape (height, width), both at least 1.
 
     Raises:
-        ValueError: the mask is not a two-dimensional boolean array, or it has no pixels.
+        UserError: the mask is not a two-dimensional boolean array, or it has no pixels.
     """
     mask = np.asarray(mask)
     if mask.ndim != 2 or mask.dtype != np.bool_ or mask.size == 0:
-        raise ValueError(
+        raise UserError(
             f"mask is an array of shape {mask.shape} and type {mask.dtype}, expected bool of shape (height, width)."
         )
     rle = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
@@ -34,17 +36,17 @@ def decode_mask(rle: MaskRLE | dict[str, Any]) -> np.ndarray:
     """Decode a COCO RLE to a boolean array of shape (height, width).
 
     Raises:
-        ValueError: `size` or `counts` is missing or malformed, or the runs do not fill the size exactly.
+        UserError: `size` or `counts` is missing or malformed, or the runs do not fill the size exactly.
     """
     height, width = mask_size(rle)
     counts = rle.get("counts")
     if isinstance(counts, str):
         counts = counts.encode("ascii", errors="replace")
     if not isinstance(counts, bytes):
-        raise ValueError(f"mask counts is {type(counts).__name__}, expected the ASCII text of a compressed COCO RLE.")
+        raise UserError(f"mask counts is {type(counts).__name__}, expected the ASCII text of a compressed COCO RLE.")
     # The C decoder trusts its input: runs that end too soon would leave pixels unset, so they are added up here first.
     if _total_run_length(counts) != height * width:
-        raise ValueError(f"mask counts does not describe {height} x {width} pixels, expected runs that fill the size.")
+        raise UserError(f"mask counts does not describe {height} x {width} pixels, expected runs that fill the size.")
     return coco.decode({"size": [height, width], "counts": counts}).astype(bool)
 
 
@@ -52,7 +54,7 @@ def mask_size(rle: MaskRLE | dict[str, Any]) -> tuple[int, int]:
     """Height and width in pixels of an RLE, without decoding it.
 
     Raises:
-        ValueError: there is no `size`, or it is not two positive integers.
+        UserError: there is no `size`, or it is not two positive integers.
     """
     size = rle.get("size") if isinstance(rle, dict) else None
     if (
@@ -60,7 +62,7 @@ def mask_size(rle: MaskRLE | dict[str, Any]) -> tuple[int, int]:
         or len(size) != 2
         or not all(isinstance(side, (int, np.integer)) and side > 0 for side in size)
     ):
-        raise ValueError(f"mask size is {size!r}, expected [height, width] as two positive integers.")
+        raise UserError(f"mask size is {size!r}, expected [height, width] as two positive integers.")
     return int(size[0]), int(size[1])
 
 

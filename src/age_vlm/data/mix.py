@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch.utils.data import Dataset
 
+from ..errors import UserError
 from .schema import Sample
 
 
@@ -21,21 +22,21 @@ class Mix(Dataset):
         weights: of each part, relative to one another.
 
     Raises:
-        ValueError: one sentence, for no parts, one without samples, a weight that is not positive, another number of
+        UserError: one sentence, for no parts, one without samples, a weight that is not positive, another number of
             weights, or a length below 1.
     """
 
     def __init__(self, parts: Sequence[Dataset], weights: Sequence[float], length: int, seed: int = 0):
         if not parts or len(parts) != len(weights):
-            raise ValueError(
+            raise UserError(
                 f"weights: got {len(weights)} for {len(parts)} parts, expected one for each of at least one."
             )
         if not all(0 < weight < float("inf") for weight in weights):
-            raise ValueError(f"weights: got {list(weights)}, expected positive numbers.")
+            raise UserError(f"weights: got {list(weights)}, expected positive numbers.")
         if not all(len(part) for part in parts):
-            raise ValueError("parts: got one without samples, expected at least one sample in each.")
+            raise UserError("parts: got one without samples, expected at least one sample in each.")
         if length < 1:
-            raise ValueError(f"length: got {length}, expected at least 1.")
+            raise UserError(f"length: got {length}, expected at least 1.")
         self.parts, self.weights, self.length, self.seed = list(parts), list(weights), length, seed
         shares = np.array(weights, float) / sum(weights)
         rng = np.random.default_rng([seed, 0])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 import numpy as np
 
+from ..errors import UserError
 from .masks import MaskRLE
 
 
@@ -108,12 +109,12 @@ def existence_negatives(
             same one; by default exactly the top `count`.
 
     Raises:
-        ValueError: `count` is below 1 or `pool` below `count`.
+        UserError: `count` is below 1 or `pool` below `count`.
     """
     if count < 1:
-        raise ValueError(f"count is {count}, expected at least 1.")
+        raise UserError(f"count is {count}, expected at least 1.")
     if pool is not None and pool < count:
-        raise ValueError(f"pool is {pool}, expected at least count, which is {count}.")
+        raise UserError(f"pool is {pool}, expected at least count, which is {count}.")
     present = set(present)
     absent = [kind for kind in candidates if kind not in present]
 

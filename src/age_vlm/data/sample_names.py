@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import Dataset
 
+from ..errors import UserError
 from .mix import Mix
 
 
@@ -34,7 +35,7 @@ def naming(sample: Any) -> Iterator[None]:
     except Exception as error:
         if name is None or name in str(error):
             raise
-        raise ValueError(f"{name}: {_reason(error)}") from error
+        raise UserError(f"{name}: {_reason(error)}") from error
 
 
 class NamedSamples(Dataset):
@@ -116,11 +117,11 @@ def unnamed(batch: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The tensors of a batch, and the ids of its samples.
 
     Raises:
-        ValueError: one sentence, for a batch with a sample that could not be used.
+        UserError: one sentence, for a batch with a sample that could not be used.
     """
     if FAILURE in batch:
         failure = SampleFailure(*batch[FAILURE])
-        raise ValueError(failure.sentence) from RuntimeError(failure.traceback)
+        raise UserError(failure.sentence) from RuntimeError(failure.traceback)
     return {key: value for key, value in batch.items() if key != SAMPLE_IDS}, list(batch.get(SAMPLE_IDS, ()))
 
 

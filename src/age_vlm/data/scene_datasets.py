@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..errors import UserError
 from .questions import QUESTION_KINDS, EvaluationItem
 from .scene_questions import scene_questions, scene_sample
 from .scenes import (
@@ -38,7 +39,7 @@ class ScenesDataset(torch.utils.data.Dataset[Sample]):
     `texts` leaves a scene without any, one from beyond the first `length` takes its place.
 
     Raises:
-        ValueError: an unknown split, a length below 1, or texts of an unknown kind.
+        UserError: an unknown split, a length below 1, or texts of an unknown kind.
     """
 
     def __init__(
@@ -51,9 +52,9 @@ class ScenesDataset(torch.utils.data.Dataset[Sample]):
     ) -> None:
         generator(split, 0, seed, PIXELS)
         if length < 1:
-            raise ValueError(f"length is {length}, expected at least 1.")
+            raise UserError(f"length is {length}, expected at least 1.")
         if texts is not None and not {"caption", *QUESTION_KINDS} >= set(texts) > set():
-            raise ValueError(f"texts is {texts}, expected some of caption, {', '.join(QUESTION_KINDS)}.")
+            raise UserError(f"texts is {texts}, expected some of caption, {', '.join(QUESTION_KINDS)}.")
         self.texts = texts
         self.split, self.length, self.seed, self.config = split, length, seed, config or SceneConfig()
         self._samples: dict[int, Sample] = {}
@@ -82,7 +83,7 @@ class IconsDataset(torch.utils.data.Dataset[dict[str, Any]]):
     and cheaper to learn from. Icons are drawn on every access and not kept.
 
     Raises:
-        ValueError: an unknown split, a length below 1, a jitter outside 0 to 1, or a side that is too small for an object.
+        UserError: an unknown split, a length below 1, a jitter outside 0 to 1, or a side that is too small for an object.
     """
 
     def __init__(
@@ -96,14 +97,14 @@ class IconsDataset(torch.utils.data.Dataset[dict[str, Any]]):
     ) -> None:
         generator(split, 0, seed, ICONS)
         if length < 1:
-            raise ValueError(f"length is {length}, expected at least 1.")
+            raise UserError(f"length is {length}, expected at least 1.")
         if not 0 <= jitter <= 1:
-            raise ValueError(f"jitter is {jitter}, expected a share from 0 to 1.")
+            raise UserError(f"jitter is {jitter}, expected a share from 0 to 1.")
         self.split, self.length, self.seed, self.config = split, length, seed, config or SceneConfig()
         self.jitter = jitter
         self.side = side or self.config.size
         if 2 * self.side < self.config.size:
-            raise ValueError(f"side is {side}, expected at least {-(-self.config.size // 2)}, half of a scene's.")
+            raise UserError(f"side is {side}, expected at least {-(-self.config.size // 2)}, half of a scene's.")
         self.class_names = tuple(" ".join(kind) for kind in self.config.kinds)
 
     def __len__(self) -> int:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ..errors import UserError
 from .questions import NUMBER_WORDS
 
 
@@ -84,7 +85,7 @@ class SceneConfig:
             runs with other seeds learn from other pictures but the same prior.
 
     Raises:
-        ValueError: a value is outside what is said above.
+        UserError: a value is outside what is said above.
     """
 
     size: int = 64
@@ -107,28 +108,28 @@ class SceneConfig:
         for name, known in (("shapes", SHAPES), ("colours", tuple(COLOURS))):
             chosen = getattr(self, name)
             if not chosen or len(set(chosen)) != len(chosen) or not set(chosen) <= set(known):
-                raise ValueError(f"{name} is {chosen}, expected some of {known}, each once.")
+                raise UserError(f"{name} is {chosen}, expected some of {known}, each once.")
         if self.size < 32:
-            raise ValueError(f"size is {self.size}, expected at least 32 pixels.")
+            raise UserError(f"size is {self.size}, expected at least 32 pixels.")
         most = min(len(NUMBER_WORDS) - 1, len(self.shapes) * len(self.colours))
         if not 1 <= self.min_objects <= self.max_objects <= most:
-            raise ValueError(
+            raise UserError(
                 f"min_objects is {self.min_objects} and max_objects {self.max_objects}, "
                 f"expected 1 <= min_objects <= max_objects <= {most}."
             )
         if self.zipf_exponent < 0:
-            raise ValueError(f"zipf_exponent is {self.zipf_exponent}, expected at least 0.")
+            raise UserError(f"zipf_exponent is {self.zipf_exponent}, expected at least 0.")
         if self.partner_pairs < 0:
-            raise ValueError(f"partner_pairs is {self.partner_pairs}, expected at least 0.")
+            raise UserError(f"partner_pairs is {self.partner_pairs}, expected at least 0.")
         # At 1 a partner would never be missing, and no answer could tell the picture from the prior.
         if not 0 <= self.partner_probability < 1:
-            raise ValueError(f"partner_probability is {self.partner_probability}, expected at least 0 and below 1.")
+            raise UserError(f"partner_probability is {self.partner_probability}, expected at least 0 and below 1.")
         if not 0 <= self.min_visible <= 1:
-            raise ValueError(f"min_visible is {self.min_visible}, expected a share from 0 to 1.")
+            raise UserError(f"min_visible is {self.min_visible}, expected a share from 0 to 1.")
         if self.min_pixels < 1:
-            raise ValueError(f"min_pixels is {self.min_pixels}, expected at least 1.")
+            raise UserError(f"min_pixels is {self.min_pixels}, expected at least 1.")
         if self.noise < 0:
-            raise ValueError(f"noise is {self.noise}, expected at least 0.")
+            raise UserError(f"noise is {self.noise}, expected at least 0.")
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -168,7 +169,7 @@ def draw_scene(split: Split, index: int, config: SceneConfig | None = None, seed
     """Draw scene number `index` of a split: always the same picture for the same arguments, and no other split has it.
 
     Raises:
-        ValueError: unknown split, negative index or seed, or objects that do not fit into the picture.
+        UserError: unknown split, negative index or seed, or objects that do not fit into the picture.
     """
     config = config or SceneConfig()
     rng = generator(split, index, seed, PIXELS)
@@ -189,10 +190,10 @@ def draw_scene(split: Split, index: int, config: SceneConfig | None = None, seed
 
 def generator(split: str, index: int, seed: int, stream: int) -> np.random.Generator:
     if split not in SPLITS:
-        raise ValueError(f"split is {split!r}, expected one of {SPLITS}.")
+        raise UserError(f"split is {split!r}, expected one of {SPLITS}.")
     for name, value in (("index", index), ("seed", seed)):
         if value < 0:
-            raise ValueError(f"{name} is {value}, expected at least 0.")
+            raise UserError(f"{name} is {value}, expected at least 0.")
     # The spawn key is mixed in apart from the entropy, so no seed of one split can reach the stream of another.
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(SPLITS.index(split), stream, index)))
 
@@ -227,7 +228,7 @@ def partner(kind: Kind, config: SceneConfig | None = None) -> Kind | None:
     for group in _groups(config or SceneConfig()):
         if kind in group:
             return next((other for other in group if other != kind), None)
-    raise ValueError(f"kind is {kind!r}, expected a (colour, shape) of the config.")
+    raise UserError(f"kind is {kind!r}, expected a (colour, shape) of the config.")
 
 
 @lru_cache(maxsize=16)
@@ -334,7 +335,7 @@ def _place(
         # A pair that is apart sideways lets every scene ask about left and right.
         if len(corners) == len(solid) and (len(solid) == 1 or beside(_centres_x(corners, solid), side)):
             return corners, visible
-    raise ValueError(
+    raise UserError(
         f"max_objects is {config.max_objects}, but that many do not fit into {side} pixels with "
         f"min_visible {config.min_visible}; expected fewer objects or a larger size."
     )

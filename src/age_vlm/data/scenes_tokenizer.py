@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from ..errors import UserError
 from .scene_questions import scene_texts
 from .scenes import SceneConfig
 
@@ -43,10 +44,10 @@ def build_word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     The vocabulary depends on the set of words alone, not on the order or number of the texts.
 
     Raises:
-        ValueError: `texts` is one string, which would be read letter by letter.
+        UserError: `texts` is one string, which would be read letter by letter.
     """
     if isinstance(texts, str):
-        raise ValueError("texts is one string, expected an iterable of strings.")
+        raise UserError("texts is one string, expected an iterable of strings.")
     normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     splitter = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
     words = {*_COMMON_WORDS, *string.ascii_lowercase, *string.digits, *string.punctuation}

@@ -10,6 +10,7 @@ import numpy as np
 from datasets import Features, Image, Value
 from PIL import Image as PILImage
 
+from ..errors import UserError
 from .masks import MaskRLE, encode_mask, mask_size
 
 
@@ -82,19 +83,19 @@ def validate_sample(sample: Sample) -> None:
     """Check that a sample follows the schema; `box` may be missing, as in data from before there were boxes.
 
     Raises:
-        ValueError: what is wrong, in one sentence that starts with the sample's id.
+        UserError: what is wrong, in one sentence that starts with the sample's id.
     """
     name = f"sample {sample.get('id')!r}" if isinstance(sample, dict) else "sample"
     if not isinstance(sample, dict):
-        raise ValueError(f"{name} is a {type(sample).__name__}, expected a dict with the keys {sorted(FEATURES)}.")
+        raise UserError(f"{name} is a {type(sample).__name__}, expected a dict with the keys {sorted(FEATURES)}.")
     missing = sorted(set(FEATURES) - set(sample))
     if missing:
-        raise ValueError(f"{name} lacks the keys {missing}, expected {sorted(FEATURES)}.")
+        raise UserError(f"{name} lacks the keys {missing}, expected {sorted(FEATURES)}.")
     if not isinstance(sample["id"], str):
-        raise ValueError(f"{name} has an id of type {type(sample['id']).__name__}, expected text.")
+        raise UserError(f"{name} has an id of type {type(sample['id']).__name__}, expected text.")
     for number, image in enumerate(sample["images"]):
         if not isinstance(image, PILImage.Image):
-            raise ValueError(f"{name}: images[{number}] is a {type(image).__name__}, expected a PIL image.")
+            raise UserError(f"{name}: images[{number}] is a {type(image).__name__}, expected a PIL image.")
     _validate_messages(name, sample)
     for number, item in enumerate(sample["groundings"]):
         _validate_grounding(f"{name}: groundings[{number}]", item, sample)
@@ -102,48 +103,48 @@ def validate_sample(sample: Sample) -> None:
 
 def _validate_messages(name: str, sample: Sample) -> None:
     if not sample["messages"]:
-        raise ValueError(f"{name} has no messages, expected at least one.")
+        raise UserError(f"{name} has no messages, expected at least one.")
     image_parts = 0
     for number, message in enumerate(sample["messages"]):
         if message.get("role") not in ROLES:
             role = message.get("role")
-            raise ValueError(f"{name}: messages[{number}] has the role {role!r}, expected one of {ROLES}.")
+            raise UserError(f"{name}: messages[{number}] has the role {role!r}, expected one of {ROLES}.")
         content = message.get("content")
         if not isinstance(content, (list, tuple)):
-            raise ValueError(
+            raise UserError(
                 f"{name}: messages[{number}] has content of type {type(content).__name__}, "
                 "expected a list of image and text parts."
             )
         for part in content:
             kind = part.get("type")
             if kind not in ("image", "text"):
-                raise ValueError(f"{name}: messages[{number}] has a part of type {kind!r}, expected 'image' or 'text'.")
+                raise UserError(f"{name}: messages[{number}] has a part of type {kind!r}, expected 'image' or 'text'.")
             if kind == "text" and not isinstance(part.get("text"), str):
-                raise ValueError(f"{name}: messages[{number}] has a text part whose text is {part.get('text')!r}.")
+                raise UserError(f"{name}: messages[{number}] has a text part whose text is {part.get('text')!r}.")
             image_parts += kind == "image"
     if image_parts != len(sample["images"]):
-        raise ValueError(f"{name} has {len(sample['images'])} images but {image_parts} image parts in its messages.")
+        raise UserError(f"{name} has {len(sample['images'])} images but {image_parts} image parts in its messages.")
 
 
 def _validate_grounding(name: str, item: Grounding, sample: Sample) -> None:
     missing = sorted({"message", "start", "end", "image", "mask"} - set(item))
     if missing:
-        raise ValueError(f"{name} lacks the keys {missing}.")
+        raise UserError(f"{name} lacks the keys {missing}.")
     messages, images = sample["messages"], sample["images"]
     if not 0 <= item["message"] < len(messages):
-        raise ValueError(f"{name} points at message {item['message']}, expected 0 to {len(messages) - 1}.")
+        raise UserError(f"{name} points at message {item['message']}, expected 0 to {len(messages) - 1}.")
     if not 0 <= item["image"] < len(images):
-        raise ValueError(f"{name} points at image {item['image']}, but the sample has {len(images)} images.")
+        raise UserError(f"{name} points at image {item['image']}, but the sample has {len(images)} images.")
     length = len(message_text(messages[item["message"]]))
     if not 0 <= item["start"] < item["end"] <= length:
-        raise ValueError(
+        raise UserError(
             f"{name} has the character span [{item['start']}, {item['end']}), expected a non-empty span inside "
             f"message {item['message']}, which has {length} characters."
         )
     image_width, image_height = upright_size(images[item["image"]])
     box = item.get("box")
     if box is not None and not _is_box_inside(box, image_width, image_height):
-        raise ValueError(
+        raise UserError(
             f"{name} has the box {box!r}, expected [x0, y0, x1, y1] with 0 <= x0 < x1 <= {image_width} and "
             f"0 <= y0 < y1 <= {image_height}, in pixels of image {item['image']}."
         )
@@ -152,9 +153,9 @@ def _validate_grounding(name: str, item: Grounding, sample: Sample) -> None:
     try:
         height, width = mask_size(item["mask"])
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+        raise UserError(f"{name}: {error}") from None
     if (height, width) != (image_height, image_width):
-        raise ValueError(
+        raise UserError(
             f"{name} has a mask of {width} x {height} pixels, expected {image_width} x {image_height}, "
             f"the size of image {item['image']}."
         )

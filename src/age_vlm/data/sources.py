@@ -16,6 +16,7 @@ import numpy as np
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from ..errors import UserError
 from .mix import Mix
 from .questions import EvaluationItem, Question
 from .sample_names import sample_name
@@ -104,7 +105,7 @@ def load_source(recipe: DataRecipe, seed: int, *, evaluation: bool = True) -> Da
     """Builds the data that a recipe names. `seed` chooses training samples; evaluation pictures do not depend on it.
 
     Raises:
-        ValueError: one sentence, for data that is not there or not as it should be.
+        UserError: one sentence, for data that is not there or not as it should be.
     """
     source = {"scenes": _scenes, "label_maps": _label_maps, "dataset": _dataset}[recipe.kind](recipe, seed, evaluation)
     if recipe.masks == "other":
@@ -113,17 +114,15 @@ def load_source(recipe: DataRecipe, seed: int, *, evaluation: bool = True) -> Da
 
 
 def check_paths(recipe: Recipe) -> None:
-    """Raises ValueError, one sentence, for a folder of data that is not there, before anything is read."""
+    """Raises UserError, one sentence, for a folder of data that is not there, before anything is read."""
     for name, data in (("data", recipe.data), *((f"mix.{i}", part) for i, part in enumerate(recipe.mix))):
         if data.kind == "label_maps":
             for key in ("images", "labels", "instances"):
                 folder = getattr(data, key)
                 if folder is not None and not Path(folder).is_dir():
-                    raise ValueError(f"{name}.{key}: '{folder}' is not a folder, expected one.")
+                    raise UserError(f"{name}.{key}: '{folder}' is not a folder, expected one.")
         elif data.kind == "dataset" and not Path(data.path).is_dir() and not re.fullmatch(_HUB_NAME, data.path):
-            raise ValueError(
-                f"{name}.path: '{data.path}' is not a folder, expected one, or the Hub name of a data set."
-            )
+            raise UserError(f"{name}.path: '{data.path}' is not a folder, expected one, or the Hub name of a data set.")
 
 
 _HUB_NAME = r"[\w-][\w.-]*/[\w-][\w.-]*"
@@ -172,7 +171,7 @@ def _dataset(recipe: DataRecipe, seed: int, evaluation: bool) -> DataSource:
     held_out = round(len(samples) * recipe.held_out)
     kept = len(samples) - held_out
     if kept < 1:
-        raise ValueError(f"data.path: '{recipe.path}' has {len(samples)} samples, expected one to train on at least.")
+        raise UserError(f"data.path: '{recipe.path}' has {len(samples)} samples, expected one to train on at least.")
     source = DataSource(
         train=samples.select(range(kept)),
         validation=[],
@@ -198,15 +197,15 @@ def open_dataset(path: str, split: str = "train") -> datasets.Dataset:
     """A data set of the schema, see `load_stored`.
 
     Raises:
-        ValueError: one sentence, where there is none, or one without the columns of the schema.
+        UserError: one sentence, where there is none, or one without the columns of the schema.
     """
     samples = load_stored(path, split, "data.path")
     missing = [column for column in FEATURES if column not in samples.column_names]
     if missing:
-        raise ValueError(f"data.path: '{path}' lacks the columns {', '.join(missing)} of the schema.")
+        raise UserError(f"data.path: '{path}' lacks the columns {', '.join(missing)} of the schema.")
     chat = samples.select_columns(["messages"])[0]["messages"] if len(samples) else None
     if any(isinstance(message["content"], str) for message in chat or ()):
-        raise ValueError(
+        raise UserError(
             f"data.path: '{path}' has messages whose content is a text, expected a list of parts like "
             '{"type": "text", "text": ...}.'
         )
@@ -234,7 +233,7 @@ def yes_no_items(samples: Sequence[Sample], numbers: Sequence[int], most: int) -
             sample = samples[number]
         # Decoders of damaged pictures raise nearly anything.
         except Exception as error:
-            raise ValueError(f"held-out data: {sample_name(samples, number)} could not be read: {error}.") from error
+            raise UserError(f"held-out data: {sample_name(samples, number)} could not be read: {error}.") from error
         image_id = f"{number}:{sample['id']}"
         questions = []
         for message, text, answer in _yes_no_turns(sample["messages"]):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import UserError
+
 
 if TYPE_CHECKING:
     import datasets
@@ -17,7 +19,7 @@ def load_stored(name: str, split: str = "train", argument: str = "data") -> data
         argument: what the name came as, for the error.
 
     Raises:
-        ValueError: one sentence, where there is none, or not that split.
+        UserError: one sentence, where there is none, or not that split.
     """
     import datasets
 
@@ -30,9 +32,9 @@ def load_stored(name: str, split: str = "train", argument: str = "data") -> data
     except (OSError, ValueError, KeyError, TypeError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
         kind = "folder" if folder.exists() else "Hub id, and no folder here"
-        raise ValueError(f"{argument}: '{name}' (a {kind}) cannot be loaded as a data set: {reason}.") from error
+        raise UserError(f"{argument}: '{name}' (a {kind}) cannot be loaded as a data set: {reason}.") from error
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
-            raise ValueError(f"split: got '{split}', expected one that '{name}' has: {', '.join(data)}.")
+            raise UserError(f"split: got '{split}', expected one that '{name}' has: {', '.join(data)}.")
         data = data[split]
     return data

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..errors import UserError
+
 
 def picture_attention(maps: Sequence[Tensor], slots: Tensor, tokens: int, layers: Sequence[int]) -> Tensor:
     """Attention of each grounded row on its own picture.
@@ -20,11 +22,11 @@ def picture_attention(maps: Sequence[Tensor], slots: Tensor, tokens: int, layers
         (groundings, layers, heads, tokens).
 
     Raises:
-        ValueError: for a block that the model does not have, or a number of tokens that is not the model's.
+        UserError: for a block that the model does not have, or a number of tokens that is not the model's.
     """
     check_layers(layers, len(maps))
     if maps[0].shape[-1] % tokens:
-        raise ValueError(
+        raise UserError(
             f"grounding_coverage: got {tokens} image tokens a picture, expected a divisor of the model's {maps[0].shape[-1]}."
         )
     stacked = torch.stack([maps[layer] for layer in layers], dim=1).unflatten(-1, (-1, tokens))
@@ -32,10 +34,10 @@ def picture_attention(maps: Sequence[Tensor], slots: Tensor, tokens: int, layers
 
 
 def check_layers(layers: Sequence[int], total: int) -> None:
-    """Raises ValueError, one sentence, for a block that a model with `total` cross-attention blocks lacks."""
+    """Raises UserError, one sentence, for a block that a model with `total` cross-attention blocks lacks."""
     wrong = [layer for layer in layers if not 0 <= layer < total]
     if wrong:
-        raise ValueError(f"alignment.layers: got {wrong[0]}, expected 0 to {total - 1}: the model has {total} blocks.")
+        raise UserError(f"alignment.layers: got {wrong[0]}, expected 0 to {total - 1}: the model has {total} blocks.")
 
 
 def chosen_heads(heads: str | Sequence[int], total: int) -> list[int]:
@@ -46,5 +48,5 @@ def chosen_heads(heads: str | Sequence[int], total: int) -> list[int]:
         return list(range(max(1, total // 2)))
     wrong = [head for head in heads if not 0 <= head < total]
     if wrong:
-        raise ValueError(f"alignment.heads: got {wrong[0]}, expected 0 to {total - 1}.")
+        raise UserError(f"alignment.heads: got {wrong[0]}, expected 0 to {total - 1}.")
     return list(heads)

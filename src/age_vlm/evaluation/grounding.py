@@ -11,6 +11,7 @@ from torch import Tensor
 from ..data.collator import GROUNDING_KEYS, AgeVlmCollator
 from ..data.questions import EvaluationItem, Question
 from ..data.schema import Sample, user_message
+from ..errors import UserError
 from .answers import _evaluating
 from .attention import picture_attention
 from .metrics import attention_mass, pointing_hit
@@ -78,5 +79,5 @@ def phrase_attention(
             coverage.append(grounding["grounding_coverage"])
             kept += [questions[start + row] for row in grounding["grounding_rows"][:, 0].tolist()]
     if not attention:
-        raise ValueError("items: got no question whose phrase has a mask, expected at least one.")
+        raise UserError("items: got no question whose phrase has a mask, expected at least one.")
     return PhraseAttention(torch.cat(attention), torch.cat(coverage), kept)

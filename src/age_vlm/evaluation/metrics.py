@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
+from ..errors import UserError
+
 
 def _same_grid(attention: Tensor, coverage: Tensor) -> None:
     if attention.ndim != 2 or attention.shape != coverage.shape:
-        raise ValueError(
+        raise UserError(
             f"attention and coverage must both be (n, cells), got {tuple(attention.shape)} and {tuple(coverage.shape)}."
         )
 
@@ -57,9 +59,9 @@ def auc(scores: Tensor | Sequence[float], labels: Tensor | Sequence[bool]) -> fl
     """
     scores, labels = torch.as_tensor(scores, dtype=torch.float64), torch.as_tensor(labels).bool()
     if scores.ndim != 1 or scores.shape != labels.shape:
-        raise ValueError(f"scores and labels must both be (n,), got {tuple(scores.shape)} and {tuple(labels.shape)}.")
+        raise UserError(f"scores and labels must both be (n,), got {tuple(scores.shape)} and {tuple(labels.shape)}.")
     if not torch.isfinite(scores).all():
-        raise ValueError(f"scores must be finite, got {int((~torch.isfinite(scores)).sum())} that are not.")
+        raise UserError(f"scores must be finite, got {int((~torch.isfinite(scores)).sum())} that are not.")
     if len(labels) == 0 or labels.all() or not labels.any():
         return float("nan")
     # torchmetrics passes scores outside [0, 1] through a sigmoid, which makes ties of large logits: ranks keep the
@@ -80,7 +82,7 @@ def class_auc(
     """
     scores, labels = torch.as_tensor(scores, dtype=torch.float64), torch.as_tensor(labels).bool()
     if not len(scores) == len(labels) == len(classes):
-        raise ValueError(
+        raise UserError(
             "scores, labels and classes must have one entry per question, "
             f"got {len(scores)}, {len(labels)} and {len(classes)}."
         )
@@ -117,11 +119,11 @@ def accuracy_by_kind(questions: Iterable[Any], answers: Mapping[str, str]) -> di
         questions: objects with `id`, `answer` and `kind`, such as `age_vlm.data.questions.Question`.
         answers: model answers by question id.
 
-    Raises ValueError when a question has no answer.
+    Raises UserError when a question has no answer.
     """
     hits: dict[str, list[bool]] = {}
     for question in questions:
         if question.id not in answers:
-            raise ValueError(f"answers must hold every question id, got none for {question.id!r}.")
+            raise UserError(f"answers must hold every question id, got none for {question.id!r}.")
         hits.setdefault(question.kind, []).append(exact_match(answers[question.id], question.answer))
     return {kind: sum(values) / len(values) for kind, values in hits.items()}

@@ -19,6 +19,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import UserError
+
 
 SCORERS = ("official", "vlmevalkit", "lmms-eval")
 
@@ -69,14 +71,14 @@ _PARSERS = {"official": _parse_official, "vlmevalkit": _parse_vlmevalkit, "lmms-
 def parse(answer: str, scorer: str = "official") -> str:
     """What `scorer` reads in a free-text answer: `"yes"`, `"no"` or `"unknown"` (never for `official`).
 
-    Raises ValueError for an unknown scorer.
+    Raises UserError for an unknown scorer.
     """
     return _PARSERS[_known(scorer)](answer)
 
 
 def _known(scorer: str) -> str:
     if scorer not in _PARSERS:
-        raise ValueError(f"scorer must be one of {', '.join(SCORERS)}, got {scorer!r}.")
+        raise UserError(f"scorer must be one of {', '.join(SCORERS)}, got {scorer!r}.")
     return scorer
 
 
@@ -87,7 +89,7 @@ def join_answers(questions: Iterable[Any], answers: Mapping[str, str] | Iterable
         questions: objects with `id`, `answer` (the label) and `mode`, such as `age_vlm.data.questions.Question`.
         answers: model answers, as a mapping from question id to text or as (question id, text) pairs.
 
-    Raises ValueError when an id comes twice, or is in one of the two only.
+    Raises UserError when an id comes twice, or is in one of the two only.
     """
     questions = list(questions)
     pairs = list(answers.items() if isinstance(answers, Mapping) else answers)
@@ -97,22 +99,20 @@ def join_answers(questions: Iterable[Any], answers: Mapping[str, str] | Iterable
     given = dict(pairs)
     missing = [key for key in ids if key not in given]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"answers must hold every question id, got none for {len(missing)} of {len(ids)} (first: {missing[0]!r})."
         )
     known = set(ids)
     extra = [key for key in given if key not in known]
     if extra:
-        raise ValueError(
-            f"answers must hold ids of the questions only, got {len(extra)} unknown (first: {extra[0]!r})."
-        )
+        raise UserError(f"answers must hold ids of the questions only, got {len(extra)} unknown (first: {extra[0]!r}).")
     return [PopeRecord(question.id, question.answer, given[question.id], question.mode) for question in questions]
 
 
 def _no_duplicates(ids: list[str], where: str) -> None:
     twice = [key for key, times in Counter(ids).items() if times > 1]
     if twice:
-        raise ValueError(f"{where} must hold each question id once, got {twice[0]!r} {ids.count(twice[0])} times.")
+        raise UserError(f"{where} must hold each question id once, got {twice[0]!r} {ids.count(twice[0])} times.")
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -150,19 +150,19 @@ def score(records: Iterable[PopeRecord], scorer: str = "official") -> dict[str, 
     Two quirks of lmms-eval are kept: an unknown answer to a yes question lowers accuracy but not recall, and
     `yes_ratio` counts the labels. `predicted_yes_ratio` is the share of answers read as yes for every scorer.
 
-    Raises ValueError for an unknown scorer, no records, an id that comes twice, or a label other than yes and no.
+    Raises UserError for an unknown scorer, no records, an id that comes twice, or a label other than yes and no.
     """
     _known(scorer)
     records = list(records)
     if not records:
-        raise ValueError("records must hold at least one question, got none.")
+        raise UserError("records must hold at least one question, got none.")
     _no_duplicates([record.question_id for record in records], "records")
     pooled: list[tuple[str, str]] = []
     splits: dict[str, list[tuple[str, str]]] = {}
     for record in records:
         label = record.label.strip().lower()
         if label not in ("yes", "no"):
-            raise ValueError(f"label of question {record.question_id!r} must be yes or no, got {record.label!r}.")
+            raise UserError(f"label of question {record.question_id!r} must be yes or no, got {record.label!r}.")
         pair = (label, parse(record.answer, scorer))
         modes = record.mode.split(",") if record.mode else []
         pooled.extend([pair] * max(len(modes), 1))

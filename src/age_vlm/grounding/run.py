@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from ..data.left_out import LeftOut, Unusable
 from ..data.masks import MaskRLE, encode_mask
 from ..data.schema import FEATURES
+from ..errors import UserError
 from ..whole_files import replaced
 from .contact_sheet import write_contact_sheet
 from .samples import Phrase, Refusal, Source, Unit, make_unit
@@ -41,7 +42,7 @@ class GroundSettings:
         shard_size: samples in a file. A killed run loses at most the files it was writing.
 
     Raises:
-        ValueError: a value is outside of these ranges.
+        UserError: a value is outside of these ranges.
     """
 
     min_score: float = 0.5
@@ -51,14 +52,14 @@ class GroundSettings:
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_score <= 1:
-            raise ValueError(f"min_score: got {self.min_score}, expected 0 to 1.")
+            raise UserError(f"min_score: got {self.min_score}, expected 0 to 1.")
         if not 0 <= self.min_area < self.max_area <= 1:
-            raise ValueError(
+            raise UserError(
                 f"min_area, max_area: got {self.min_area} and {self.max_area}, expected shares of the picture with "
                 "0 <= min_area < max_area <= 1."
             )
         if self.shard_size < 1:
-            raise ValueError(f"shard_size: got {self.shard_size}, expected at least 1.")
+            raise UserError(f"shard_size: got {self.shard_size}, expected at least 1.")
 
     def objection(self, area: float, score: float) -> str | None:
         """Why a mask that covers this share of its picture is not kept; None where it is."""
@@ -123,11 +124,11 @@ def ground(
         What was made; None in all processes but the first.
 
     Raises:
-        ValueError: one sentence, for settings or data that cannot be used, or a folder with something else in it.
+        UserError: one sentence, for settings or data that cannot be used, or a folder with something else in it.
     """
     settings = settings or GroundSettings()
     if batch_size < 1:
-        raise ValueError(f"batch_size: got {batch_size}, expected at least 1.")
+        raise UserError(f"batch_size: got {batch_size}, expected at least 1.")
     state = process_state()
     source = Source(data, fingerprint)
     manifest = {
@@ -253,7 +254,7 @@ def _ground_units(
             [[phrase.prompt for phrase in phrases] for phrases in asked],
         )
     except torch.OutOfMemoryError as error:
-        raise ValueError(
+        raise UserError(
             f"batch_size: {len(pictures)} pictures at once do not fit into the memory of the device, expected fewer, or a "
             "smaller dtype or model."
         ) from error

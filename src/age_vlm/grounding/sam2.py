@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, Sam2Model, Sam2Processor
 
+from ..errors import UserError
 from ..hub import check_weights
 from .teacher import Prompt, VisualTeacher, is_ambiguous, weights_digest
 
@@ -28,7 +29,7 @@ class Sam2Teacher(VisualTeacher):
         # Looked at: where a file has other weights, or not all, random ones would take their place.
         kind = AutoConfig.from_pretrained(model).model_type
         if kind not in ("sam2", "sam2_video"):
-            raise ValueError(f"it holds a model of type '{kind}', expected 'sam2'")
+            raise UserError(f"it holds a model of type '{kind}', expected 'sam2'")
         weights, report = Sam2Model.from_pretrained(model, dtype=getattr(torch, dtype), output_loading_info=True)
         check_weights(report)
         return cls(weights.to(device), Sam2Processor.from_pretrained(model))

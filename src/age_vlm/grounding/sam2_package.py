@@ -13,6 +13,7 @@ from sam2.build_sam import HF_MODEL_ID_TO_FILENAMES, build_sam2
 from sam2.modeling.sam2_base import SAM2Base
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 
+from ..errors import UserError
 from .teacher import Prompt, VisualTeacher, is_ambiguous, weights_digest
 
 
@@ -85,8 +86,8 @@ def _files(model: str) -> tuple[str, Path]:
         for file in found:
             if file.name in known:
                 return known[file.name], file
-        raise ValueError(f"it holds none of the files {', '.join(sorted(known))}")
+        raise UserError(f"it holds none of the files {', '.join(sorted(known))}")
     if model not in HF_MODEL_ID_TO_FILENAMES:
-        raise ValueError(f"the package knows only {', '.join(HF_MODEL_ID_TO_FILENAMES)}")
+        raise UserError(f"the package knows only {', '.join(HF_MODEL_ID_TO_FILENAMES)}")
     config, weights = HF_MODEL_ID_TO_FILENAMES[model]
     return config, Path(hf_hub_download(model, weights))

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, Sam3Model, Sam3Processor
 
+from ..errors import UserError
 from ..hub import check_weights
 from .teacher import Masks, Prompt, Teacher, weights_digest
 
@@ -41,7 +42,7 @@ class Sam3Teacher(Teacher):
         # Looked at: where a file has other weights, or not all, random ones would take their place.
         kind = AutoConfig.from_pretrained(model).model_type
         if kind not in ("sam3", "sam3_video"):
-            raise ValueError(f"it holds a model of type '{kind}', expected 'sam3'")
+            raise UserError(f"it holds a model of type '{kind}', expected 'sam3'")
         weights, report = Sam3Model.from_pretrained(model, dtype=getattr(torch, dtype), output_loading_info=True)
         check_weights(report)
         return cls(weights.to(device), Sam3Processor.from_pretrained(model))

@@ -20,6 +20,7 @@ from ..data.converters.pictures import open_picture
 from ..data.left_out import MALFORMED, Unusable
 from ..data.masks import MaskRLE, decode_mask
 from ..data.schema import FEATURES, assistant_message, grounding, message_text, user_message, validate_sample
+from ..errors import UserError
 from ..processing.images_agevlm import load_rgb
 from .teacher import Prompt
 
@@ -79,7 +80,7 @@ class Source:
         fingerprint: names the content. By default that of the data set; other data is read once to make one.
 
     Raises:
-        ValueError: there are no rows, or they can be read only once.
+        UserError: there are no rows, or they can be read only once.
     """
 
     def __init__(self, data: Any, fingerprint: str | None = None) -> None:
@@ -90,9 +91,9 @@ class Source:
         elif isinstance(data, datasets.IterableDataset):
             data = data.decode(False)
         elif not isinstance(data, Iterable) and not _is_sequence(data):
-            raise ValueError(f"data: got a {type(data).__name__}, expected a data set, a list of rows or the like.")
+            raise UserError(f"data: got a {type(data).__name__}, expected a data set, a list of rows or the like.")
         elif isinstance(data, Iterator):
-            raise ValueError(
+            raise UserError(
                 f"data: got a {type(data).__name__}, which can be read only once, expected a list, a data set or another "
                 "thing that can be read again when a run continues."
             )
@@ -102,7 +103,7 @@ class Source:
         if self._length < 0 or not self.fingerprint:
             self._read_through()
         if self._length == 0:
-            raise ValueError("data: got no rows, expected at least one.")
+            raise UserError("data: got no rows, expected at least one.")
 
     def __len__(self) -> int:
         return self._length
@@ -141,7 +142,7 @@ def _is_sequence(data: Any) -> bool:
 def _require_columns(columns: Iterable[str]) -> None:
     columns = set(columns)
     if not set(FEATURES) <= columns and not {"image", "phrases"} <= columns:
-        raise ValueError(
+        raise UserError(
             f"data: got the columns {', '.join(sorted(columns))}, expected those of the schema "
             f"({', '.join(sorted(FEATURES))}), or image and phrases."
         )
@@ -201,7 +202,7 @@ def _from_phrases(row: Row, name: str, refused: list[Refusal]) -> Row:
     phrases = [" ".join(phrase.split()) for phrase in row["phrases"] or []]
     boxes = row.get("boxes") or [None] * len(phrases)
     if len(boxes) != len(phrases):
-        raise ValueError(f"{len(boxes)} boxes for {len(phrases)} phrases")
+        raise UserError(f"{len(boxes)} boxes for {len(phrases)} phrases")
     text = row.get("caption") or ", ".join(phrases)
     if not text:
         raise Unusable("it has neither phrases nor a caption")

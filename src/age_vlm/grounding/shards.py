@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
 from ..whole_files import UNFINISHED, replaced
 
 
@@ -32,13 +33,13 @@ class ShardFolder:
         """Begin the run, or continue the same one: clear away what a killed one left unfinished.
 
         Raises:
-            ValueError: the folder holds something else, or a run with other data, teacher or settings.
+            UserError: the folder holds something else, or a run with other data, teacher or settings.
         """
         path = self.folder / _MANIFEST
         if path.exists():
             self._compare(path)
         elif self.folder.exists() and (not self.folder.is_dir() or self._holds_other_things()):
-            raise ValueError(
+            raise UserError(
                 f"output: '{self.folder}' is not a folder of `age-vlm ground`, expected one, or a new name."
             )
         for part in (self.folder / "data", self.folder / "phrases"):
@@ -60,11 +61,11 @@ class ShardFolder:
         try:
             there = _flat(json.loads(path.read_text("utf-8")))
         except (ValueError, AttributeError):
-            raise ValueError(f"output: '{path}' is damaged, expected the manifest of an earlier run.") from None
+            raise UserError(f"output: '{path}' is damaged, expected the manifest of an earlier run.") from None
         here = _flat(self.manifest)
         for name in here.keys() | there.keys():
             if here.get(name) != there.get(name):
-                raise ValueError(
+                raise UserError(
                     f"output: '{self.folder}' holds a run with {name} {there.get(name, 'not set')!r}, this one has "
                     f"{here.get(name, 'not set')!r}, expected the same, or another folder."
                 )

@@ -19,6 +19,7 @@ from accelerate.utils import parse_flag_from_env
 from PIL import Image
 
 from ..data.masks import MaskRLE
+from ..errors import UserError
 from ..processing.images_agevlm import load_rgb
 
 
@@ -54,7 +55,7 @@ class Prompt:
         mask: the mask that the data already has, of the picture's size.
 
     Raises:
-        ValueError: a label for each point is not given, or is neither 0 nor 1.
+        UserError: a label for each point is not given, or is neither 0 nor 1.
     """
 
     phrase: str
@@ -66,7 +67,7 @@ class Prompt:
     def __post_init__(self) -> None:
         labels = (1,) * len(self.points) if self.labels is None else tuple(self.labels)
         if len(labels) != len(self.points) or not set(labels) <= {0, 1}:
-            raise ValueError(f"labels: got {labels} for {len(self.points)} points, expected a 0 or 1 for each.")
+            raise UserError(f"labels: got {labels} for {len(self.points)} points, expected a 0 or 1 for each.")
         object.__setattr__(self, "labels", labels)
 
 
@@ -126,13 +127,13 @@ class Teacher(ABC):
             For each picture, for each of its prompts what was found.
 
         Raises:
-            ValueError: there are more or fewer lists of prompts than pictures, or a prompt cannot be answered.
+            UserError: there are more or fewer lists of prompts than pictures, or a prompt cannot be answered.
         """
         if len(pictures) != len(prompts):
-            raise ValueError(f"prompts: got {len(prompts)} lists for {len(pictures)} pictures, expected one for each.")
+            raise UserError(f"prompts: got {len(prompts)} lists for {len(pictures)} pictures, expected one for each.")
         for prompt in (prompt for asked in prompts for prompt in asked):
             if reason := self.lacks(prompt):
-                raise ValueError(f"prompts: {prompt.phrase!r} cannot be grounded by '{self.name}': {reason}.")
+                raise UserError(f"prompts: {prompt.phrase!r} cannot be grounded by '{self.name}': {reason}.")
         answers: list[list[Masks]] = [[] for _ in pictures]
         asked = [number for number, own in enumerate(prompts) if own]
         if asked:
@@ -219,32 +220,32 @@ def load_teacher(
         device: where it runs; by default the one accelerate gives this process.
 
     Raises:
-        ValueError: one sentence that says what to do, for an unknown name, a missing package, weights that are gated,
+        UserError: one sentence that says what to do, for an unknown name, a missing package, weights that are gated,
             missing or of something else, or a device that is not there.
     """
     if name not in TEACHERS:
-        raise ValueError(f"teacher: got '{name}', expected one of {', '.join(TEACHERS)}{_nearest(name, TEACHERS)}.")
+        raise UserError(f"teacher: got '{name}', expected one of {', '.join(TEACHERS)}{_nearest(name, TEACHERS)}.")
     if dtype not in DTYPES:
-        raise ValueError(f"dtype: got '{dtype}', expected one of {', '.join(DTYPES)}.")
+        raise UserError(f"dtype: got '{dtype}', expected one of {', '.join(DTYPES)}.")
     source = _source(name, model)
     device = _device(device)
     module, _, class_name = TEACHERS[name].partition(":")
     try:
         teacher = getattr(import_module(f".{module}", __package__), class_name)
     except ImportError as error:
-        raise ValueError(_missing_package(name, error)) from error
+        raise UserError(_missing_package(name, error)) from error
     try:
         return teacher.load(source, dtype, device)
     # Readers of weights and of configurations raise nearly anything for a file that is not theirs.
     except Exception as error:
-        raise ValueError(_refusal(source, error)) from error
+        raise UserError(_refusal(source, error)) from error
 
 
 def _source(name: str, model: str | Path | None) -> str:
     variants = VARIANTS[name]
     if not variants:
         if model is not None:
-            raise ValueError(f"model: got '{model}', but the teacher '{name}' has none.")
+            raise UserError(f"model: got '{model}', but the teacher '{name}' has none.")
         return ""
     model = str(model or "large")
     if model in variants:
@@ -252,7 +253,7 @@ def _source(name: str, model: str | Path | None) -> str:
     if Path(model).exists():
         return model
     if model.count("/") != 1 or model.startswith((".", "~", "/")):
-        raise ValueError(
+        raise UserError(
             f"model: got '{model}', expected one of {', '.join(variants)}{_nearest(model, variants)}, a Hub id or a "
             "folder that exists."
         )
@@ -277,7 +278,7 @@ def _device(device: str | torch.device | None) -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
-        raise ValueError(f"device: '{device}' cannot be used on this machine: {reason}.") from error
+        raise UserError(f"device: '{device}' cannot be used on this machine: {reason}.") from error
 
 
 def _missing_package(name: str, error: ImportError) -> str:

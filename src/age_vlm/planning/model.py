@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from ..configuration import IMAGE_SIZES, AgeVlmConfig, preset_config
 from ..data.collator import AgeVlmCollator, token_grid_size
 from ..data.sources import DataSource, load_sources
+from ..errors import UserError
 from ..modeling_agevlm import AgeVlmForConditionalGeneration
 from ..modeling_agevlm.modeling_agevlm import load_part
 from ..processing import AgeVlmProcessor, ImageGeometry, image_geometry, whole_image_processor
@@ -40,13 +41,13 @@ class PlannedModel:
         source_of_text: where the lengths are from, in words.
 
     Raises:
-        ValueError: one sentence, where configuration or processor of the model cannot be read, or data are not as they
+        UserError: one sentence, where configuration or processor of the model cannot be read, or data are not as they
             should be.
     """
 
     def __init__(self, recipe: Recipe, *, length: int | None = None, dtype: torch.dtype | None = None):
         if length is not None and length < 2:
-            raise ValueError(f"length: got {length}, expected at least 2: a picture and a word.")
+            raise UserError(f"length: got {length}, expected at least 2: a picture and a word.")
         self.recipe = recipe
         source = load_sources(recipe) if length is None and _data_at_hand(recipe) else None
         self.model, processor = _load(recipe.model, source, dtype)
@@ -135,7 +136,7 @@ def _load(
     recipe: ModelRecipe, source: DataSource | None, dtype: torch.dtype | None
 ) -> tuple[AgeVlmForConditionalGeneration, AgeVlmProcessor | _PicturesAlone]:
     if recipe.checkpoint == PREVIOUS:
-        raise ValueError(
+        raise UserError(
             f"model.checkpoint: got '{PREVIOUS}', expected a folder or Hub id, a preset in its place "
             "(model={preset: age-vlm-1b}), or the folder of all stages as the recipe."
         )
@@ -168,12 +169,12 @@ def _read_checkpoint(recipe: ModelRecipe) -> tuple[AgeVlmConfig, AgeVlmProcessor
     try:
         kind = AutoConfig.from_pretrained(recipe.checkpoint).model_type
         if kind != AgeVlmConfig.model_type:
-            raise ValueError(f"it holds a model of type '{kind}'")
+            raise UserError(f"it holds a model of type '{kind}'")
         config = AgeVlmConfig.from_pretrained(recipe.checkpoint, **recipe.config)
         return config, AgeVlmProcessor.from_pretrained(recipe.checkpoint)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
-        raise ValueError(
+        raise UserError(
             f"model.checkpoint: '{recipe.checkpoint}' could not be read as an AGE-VLM: {reason}."
         ) from error
 

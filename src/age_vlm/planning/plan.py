@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from ..errors import UserError
 from ..modeling_agevlm import AgeVlmForConditionalGeneration
 from ..training.parts import PARTS, count_parameters, part_of
 from ..training.recipe import PREVIOUS, Recipe, load_recipe
@@ -43,7 +44,7 @@ class Hardware:
         overhead: share of the tensors' memory that is taken besides them: kernels' workspaces, gaps of the allocator.
 
     Raises:
-        ValueError: one sentence, for a value out of range.
+        UserError: one sentence, for a value out of range.
     """
 
     devices: int = 1
@@ -56,17 +57,17 @@ class Hardware:
 
     def __post_init__(self):
         if self.sharding not in SHARDINGS:
-            raise ValueError(f"sharding: got '{self.sharding}', expected one of {', '.join(SHARDINGS)}.")
+            raise UserError(f"sharding: got '{self.sharding}', expected one of {', '.join(SHARDINGS)}.")
         if self.devices < 1:
-            raise ValueError(f"devices: got {self.devices}, expected at least 1.")
+            raise UserError(f"devices: got {self.devices}, expected at least 1.")
         for name in ("memory", "flops"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected more than 0.")
+                raise UserError(f"{name}: got {getattr(self, name)}, expected more than 0.")
         if not 0 < self.utilisation <= 1:
-            raise ValueError(f"utilisation: got {self.utilisation}, expected a share above 0 and at most 1.")
+            raise UserError(f"utilisation: got {self.utilisation}, expected a share above 0 and at most 1.")
         for name in ("price", "overhead"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 0.")
+                raise UserError(f"{name}: got {getattr(self, name)}, expected at least 0.")
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def plan(
         length, dtype: see `PlannedModel`.
 
     Raises:
-        ValueError: as `PlannedModel`.
+        UserError: as `PlannedModel`.
     """
     hardware = hardware or Hardware()
     planned = PlannedModel(recipe, length=length, dtype=dtype)
@@ -202,7 +203,7 @@ def plans(
     """Name -> plan, of one recipe, or of each in a folder of stages. Data that a recipe does not name yet are not needed.
 
     Raises:
-        ValueError: one sentence, for a recipe that does not load, or as `plan`.
+        UserError: one sentence, for a recipe that does not load, or as `plan`.
     """
     path = Path(path)
     if path.is_dir():
@@ -220,7 +221,7 @@ def plans(
         try:
             planned[name] = plan(recipe, hardware, length=length)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}" if len(recipes) > 1 else str(error)) from error
+            raise UserError(f"{name}: {error}" if len(recipes) > 1 else str(error)) from error
     return planned
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from rich.table import Table
 
+from ..errors import UserError
 from ..training.parts import PARTS
 from .fake_step import KINDS
 from .plan import COMMUNICATION, OVERHEAD, Plan
@@ -20,12 +21,12 @@ def parse_size(text: str) -> float:
     """`80GB`, `24GiB` or plain bytes -> bytes.
 
     Raises:
-        ValueError: one sentence, for anything else.
+        UserError: one sentence, for anything else.
     """
     units = {unit.lower(): size for unit, size in _UNITS.items()}
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?b|)", text.strip().lower())
     if match is None:
-        raise ValueError(f"memory: got '{text}', expected a size such as 80GB or 24GiB.")
+        raise UserError(f"memory: got '{text}', expected a size such as 80GB or 24GiB.")
     return float(match[1]) * units[match[2]]
 
 

@@ -13,6 +13,7 @@ from difflib import get_close_matches
 
 from torch import Tensor
 
+from ..errors import UserError
 from ..evaluation.attention import check_layers, chosen_heads
 
 
@@ -67,7 +68,7 @@ class AlignmentConfig:
         final_weight: of the last step, where the schedule is not constant.
 
     Raises:
-        ValueError: one sentence, for an unknown form or schedule, or a negative weight.
+        UserError: one sentence, for an unknown form or schedule, or a negative weight.
     """
 
     form: str = "nll"
@@ -80,23 +81,23 @@ class AlignmentConfig:
     def __post_init__(self):
         if self.form not in FORMS:
             nearest = get_close_matches(str(self.form), FORMS, n=1, cutoff=0.0)[0]
-            raise ValueError(
+            raise UserError(
                 f"alignment.form: got '{self.form}', expected one of {', '.join(FORMS)} (nearest: '{nearest}')."
             )
         if self.schedule not in SCHEDULES:
             nearest = get_close_matches(str(self.schedule), SCHEDULES, n=1, cutoff=0.0)[0]
-            raise ValueError(
+            raise UserError(
                 f"alignment.schedule: got '{self.schedule}', expected one of {', '.join(SCHEDULES)} (nearest: '{nearest}')."
             )
         for name in ("weight", "final_weight"):
             if getattr(self, name) < 0:
-                raise ValueError(f"alignment.{name}: got {getattr(self, name)}, expected 0 or more.")
+                raise UserError(f"alignment.{name}: got {getattr(self, name)}, expected 0 or more.")
         if isinstance(self.heads, str) and self.heads not in ("half", "all"):
-            raise ValueError(f"alignment.heads: got '{self.heads}', expected 'half', 'all' or a list of heads.")
+            raise UserError(f"alignment.heads: got '{self.heads}', expected 'half', 'all' or a list of heads.")
         if not self.heads:
-            raise ValueError("alignment.heads: got an empty list, expected at least one head.")
+            raise UserError("alignment.heads: got an empty list, expected at least one head.")
         if not self.layers:
-            raise ValueError("alignment.layers: got an empty list, expected at least one cross-attention block.")
+            raise UserError("alignment.layers: got an empty list, expected at least one cross-attention block.")
 
     def weight_at(self, step: int, steps: int) -> float:
         """The weight of step number `step`, counted from 0, of so many."""
@@ -104,7 +105,7 @@ class AlignmentConfig:
         return self.weight + (self.final_weight - self.weight) * SCHEDULES[self.schedule](share)
 
     def check(self, blocks: int, heads: int) -> None:
-        """Raises ValueError, one sentence, if a model with so many cross-attention blocks and heads lacks one of ours."""
+        """Raises UserError, one sentence, if a model with so many cross-attention blocks and heads lacks one of ours."""
         check_layers(self.layers, blocks)
         chosen_heads(self.heads, heads)
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from peft import LoraConfig
 
+from ..errors import UserError
+
 
 _LAYER = r"(.*\.)?language_model\.layers\.\d+\."
 LORA_TARGETS: dict[str, str] = {
@@ -47,19 +49,19 @@ def lora_config(
         options: other fields of `LoraConfig`.
 
     Raises:
-        ValueError: one sentence, for a target that is not there, a rank or alpha that is not positive, or a dropout that is
+        UserError: one sentence, for a target that is not there, a rank or alpha that is not positive, or a dropout that is
             no share.
     """
     if target not in LORA_TARGETS:
         nearest = get_close_matches(str(target), LORA_TARGETS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"target: got '{target}', expected one of {', '.join(LORA_TARGETS)} (nearest: '{nearest}').")
+        raise UserError(f"target: got '{target}', expected one of {', '.join(LORA_TARGETS)} (nearest: '{nearest}').")
     if rank < 1:
-        raise ValueError(f"rank: got {rank}, expected at least 1.")
+        raise UserError(f"rank: got {rank}, expected at least 1.")
     alpha = 2 * rank if alpha is None else alpha
     if not alpha > 0:
-        raise ValueError(f"alpha: got {alpha}, expected more than 0.")
+        raise UserError(f"alpha: got {alpha}, expected more than 0.")
     if not 0 <= dropout < 1:
-        raise ValueError(f"dropout: got {dropout}, expected a share, from 0 to below 1.")
+        raise UserError(f"dropout: got {dropout}, expected a share, from 0 to below 1.")
     return LoraConfig(
         target_modules=LORA_TARGETS[target],
         r=rank,

@@ -18,6 +18,8 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from transformers import logging
 
+from ..errors import UserError
+
 
 T = TypeVar("T")
 
@@ -54,7 +56,7 @@ def join() -> None:
     """Connects this process with the others of its run, if there are any.
 
     Raises:
-        ValueError: one sentence, for FSDP or DeepSpeed on processors: accelerate would quietly do something else.
+        UserError: one sentence, for FSDP or DeepSpeed on processors: accelerate would quietly do something else.
     """
     if process_count() == 1:
         return
@@ -67,7 +69,7 @@ def join() -> None:
         state.wait_for_everyone()  # one that ended now would break the connection of one that is still to be made
         if not is_main():
             raise EndedElsewhere
-        raise ValueError(f"accelerate: got {engine()} on processors, expected DDP: it shards on GPUs only.")
+        raise UserError(f"accelerate: got {engine()} on processors, expected DDP: it shards on GPUs only.")
 
 
 def leave() -> None:

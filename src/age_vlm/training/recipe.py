@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from ..configuration import PRESETS
+from ..errors import UserError
 from .alignment import AlignmentConfig
 from .parts import PARTS
 
@@ -38,25 +39,25 @@ class ModelRecipe:
 
     def __post_init__(self):
         if self.attention not in ("eager", "sdpa", "flex_attention"):
-            raise ValueError(f"model.attention: got '{self.attention}', expected 'eager', 'sdpa' or 'flex_attention'.")
+            raise UserError(f"model.attention: got '{self.attention}', expected 'eager', 'sdpa' or 'flex_attention'.")
         if isinstance(self.image_size, list) and len(self.image_size) != 2:
-            raise ValueError(f"model.image_size: got {self.image_size}, expected a side, or a height and a width.")
+            raise UserError(f"model.image_size: got {self.image_size}, expected a side, or a height and a width.")
         sides = self.image_size if isinstance(self.image_size, list) else [self.image_size]
         if any(side is not None and side < 1 for side in sides):
-            raise ValueError(f"model.image_size: got {self.image_size}, expected pixels, at least 1.")
+            raise UserError(f"model.image_size: got {self.image_size}, expected pixels, at least 1.")
         if strange := [key for key in self.config if not isinstance(key, str)]:
-            raise ValueError(f"model.config: got the key {strange[0]!r}, expected names of fields of AgeVlmConfig.")
+            raise UserError(f"model.config: got the key {strange[0]!r}, expected names of fields of AgeVlmConfig.")
         if self.preset not in PRESETS:
             nearest = get_close_matches(self.preset, PRESETS, n=1, cutoff=0.0)[0]
-            raise ValueError(
+            raise UserError(
                 f"model.preset: got '{self.preset}', expected one of {', '.join(PRESETS)} (nearest: '{nearest}')."
             )
         if (self.text is None) != (self.vision is None):
-            raise ValueError("model.text, model.vision: got one without the other, expected both or neither.")
+            raise UserError("model.text, model.vision: got one without the other, expected both or neither.")
         if self.dtype not in (None, "float32", "bfloat16"):
-            raise ValueError(f"model.dtype: got '{self.dtype}', expected 'float32', 'bfloat16' or null.")
+            raise UserError(f"model.dtype: got '{self.dtype}', expected 'float32', 'bfloat16' or null.")
         if self.dtype is not None and self.text is None:
-            raise ValueError(
+            raise UserError(
                 f"model.dtype: got '{self.dtype}' without model.text and model.vision, expected null: presets are float32, "
                 "and a checkpoint keeps its own."
             )
@@ -89,28 +90,26 @@ class DataRecipe:
 
     def __post_init__(self):
         if self.kind not in TEXTS:
-            raise ValueError(f"data.kind: got '{self.kind}', expected {_or(TEXTS)}.")
+            raise UserError(f"data.kind: got '{self.kind}', expected {_or(TEXTS)}.")
         if self.kind == "label_maps" and not (self.images and self.labels and self.classes):
-            raise ValueError(
-                "data: kind 'label_maps' needs images, labels and classes, got at least one of them empty."
-            )
+            raise UserError("data: kind 'label_maps' needs images, labels and classes, got at least one of them empty.")
         if self.kind == "dataset" and not self.path:
-            raise ValueError(
+            raise UserError(
                 "data.path: got none, expected the folder or Hub name of a data set in the schema of age_vlm.data.schema."
             )
         if self.masks not in ("own", "other"):
-            raise ValueError(
+            raise UserError(
                 f"data.masks: got '{self.masks}', expected 'own', or 'other' for the control with masks of other pictures."
             )
         if len(self.crop) != 2:
-            raise ValueError(f"data.crop: got {self.crop}, expected a width and a height.")
+            raise UserError(f"data.crop: got {self.crop}, expected a width and a height.")
         if not 0 < self.min_side <= 1:
-            raise ValueError(f"data.min_side: got {self.min_side}, expected a share above 0 and up to 1.")
+            raise UserError(f"data.min_side: got {self.min_side}, expected a share above 0 and up to 1.")
         if not 0 <= self.held_out < 1 or (self.kind == "label_maps" and not self.held_out):
             lowest = "above" if self.kind == "label_maps" else "from"
-            raise ValueError(f"data.held_out: got {self.held_out}, expected a share, {lowest} 0 and below 1.")
+            raise UserError(f"data.held_out: got {self.held_out}, expected a share, {lowest} 0 and below 1.")
         if not self.weight > 0:
-            raise ValueError(f"data.weight: got {self.weight}, expected more than 0.")
+            raise UserError(f"data.weight: got {self.weight}, expected more than 0.")
         self._check_texts()
         _at_least(self, "data", 1, "train", "validation", "test", "crops_per_frame")
 
@@ -119,20 +118,20 @@ class DataRecipe:
             return
         possible = TEXTS[self.kind]
         if not possible:
-            raise ValueError(
+            raise UserError(
                 f"data.texts: got {self.texts}, expected null: a data set of kind '{self.kind}' is used whole."
             )
         if not self.texts:
-            raise ValueError("data.texts: got an empty list, expected at least one kind of text, or null for all.")
+            raise UserError("data.texts: got an empty list, expected at least one kind of text, or null for all.")
         for text in self.texts:
             if text not in possible:
                 nearest = get_close_matches(text, possible, n=1, cutoff=0.0)[0]
-                raise ValueError(
+                raise UserError(
                     f"data.texts: got '{text}', expected some of {', '.join(possible)} for kind '{self.kind}' "
                     f"(nearest: '{nearest}')."
                 )
         if self.kind == "label_maps" and self.texts == ["count"] and not self.instances:
-            raise ValueError("data.texts: got count alone, which needs data.instances.")
+            raise UserError("data.texts: got count alone, which needs data.instances.")
 
 
 @dataclass
@@ -160,9 +159,9 @@ class LoraRecipe:
     def __post_init__(self):
         _at_least(self, "training.lora", 1, "rank")
         if self.alpha is not None and not self.alpha > 0:
-            raise ValueError(f"training.lora.alpha: got {self.alpha}, expected more than 0.")
+            raise UserError(f"training.lora.alpha: got {self.alpha}, expected more than 0.")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"training.lora.dropout: got {self.dropout}, expected a share, from 0 to below 1.")
+            raise UserError(f"training.lora.dropout: got {self.dropout}, expected a share, from 0 to below 1.")
 
 
 @dataclass
@@ -209,41 +208,39 @@ class TrainingRecipe:
             possible = MODES if part in LORA_PARTS else MODES[:2]
             if mode not in possible:
                 nearest = get_close_matches(mode, possible, n=1, cutoff=0.0)[0]
-                raise ValueError(f"training.{part}: got '{mode}', expected {_or(possible)} (nearest: '{nearest}').")
+                raise UserError(f"training.{part}: got '{mode}', expected {_or(possible)} (nearest: '{nearest}').")
         if set(self.modes.values()) == {"frozen"}:
-            raise ValueError(
-                f"training: got 'frozen' for all of {', '.join(PARTS)}, expected at least one that learns."
-            )
+            raise UserError(f"training: got 'frozen' for all of {', '.join(PARTS)}, expected at least one that learns.")
         for part, rate in self.learning_rates.items():
             if part not in PARTS:
                 nearest = get_close_matches(str(part), PARTS, n=1, cutoff=0.0)[0]
-                raise ValueError(
+                raise UserError(
                     f"training.learning_rates: got '{part}', expected parts of {', '.join(PARTS)} (nearest: '{nearest}')."
                 )
             if self.modes[part] == "frozen":
-                raise ValueError(f"training.learning_rates.{part}: got a rate, but training.{part} is 'frozen'.")
+                raise UserError(f"training.learning_rates.{part}: got a rate, but training.{part} is 'frozen'.")
             if rate < 0:
-                raise ValueError(f"training.learning_rates.{part}: got {rate}, expected at least 0.")
+                raise UserError(f"training.learning_rates.{part}: got {rate}, expected at least 0.")
         if self.precision not in ("fp32", "bf16", "fp16"):
-            raise ValueError(f"training.precision: got '{self.precision}', expected 'fp32', 'bf16' or 'fp16'.")
+            raise UserError(f"training.precision: got '{self.precision}', expected 'fp32', 'bf16' or 'fp16'.")
         if self.schedule not in SCHEDULES:
             nearest = get_close_matches(self.schedule, SCHEDULES, n=1, cutoff=0.0)[0]
-            raise ValueError(
+            raise UserError(
                 f"training.schedule: got '{self.schedule}', expected one of {', '.join(SCHEDULES)} (nearest: '{nearest}')."
             )
         if not 0 <= self.adam_beta2 < 1:
-            raise ValueError(f"training.adam_beta2: got {self.adam_beta2}, expected at least 0 and below 1.")
+            raise UserError(f"training.adam_beta2: got {self.adam_beta2}, expected at least 0 and below 1.")
         if not 0 <= self.warmup <= 1:
-            raise ValueError(f"training.warmup: got {self.warmup}, expected a share of the steps, from 0 to 1.")
+            raise UserError(f"training.warmup: got {self.warmup}, expected a share of the steps, from 0 to 1.")
         if self.max_length is not None and self.max_length < 1:
-            raise ValueError(f"training.max_length: got {self.max_length}, expected at least 1, or null for no limit.")
+            raise UserError(f"training.max_length: got {self.max_length}, expected at least 1, or null for no limit.")
         if self.pack_length is not None and (self.pack_length < 1 or not self.packing):
-            raise ValueError(
+            raise UserError(
                 f"training.pack_length: got {self.pack_length}, expected at least 1, or null for twice the longest sample, "
                 "and training.packing."
             )
         if self.non_finite not in ("stop", "skip"):
-            raise ValueError(f"training.non_finite: got '{self.non_finite}', expected 'stop' or 'skip'.")
+            raise UserError(f"training.non_finite: got '{self.non_finite}', expected 'stop' or 'skip'.")
         self._check_report_to()
         _at_least(self, "training", 1, "steps", "batch_size", "gradient_accumulation", "log_every", "evaluate_every")
         _at_least(self, "training", 0, "learning_rate", "weight_decay", "max_grad_norm", "save_every", "workers")
@@ -262,13 +259,13 @@ class TrainingRecipe:
         for name in self.report_to:
             if name not in INTEGRATION_TO_CALLBACK:
                 nearest = get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1, cutoff=0.0)[0]
-                raise ValueError(
+                raise UserError(
                     f"training.report_to: got '{name}', expected some of {', '.join(sorted(INTEGRATION_TO_CALLBACK))} "
                     f"(nearest: '{nearest}')."
                 )
             # transformers looks for flyte only when it is used.
             if not (is_flytekit_available() if name == "flyte" else name in installed):
-                raise ValueError(f"training.report_to: got '{name}', which is not installed (pip install {name}).")
+                raise UserError(f"training.report_to: got '{name}', which is not installed (pip install {name}).")
 
 
 @dataclass
@@ -314,29 +311,29 @@ def _at_least(recipe: Any, section: str, lowest: float, *names: str) -> None:
     for name in names:
         if not getattr(recipe, name) >= lowest:
             where = f"{section}.{name}" if section else name
-            raise ValueError(f"{where}: got {getattr(recipe, name)}, expected at least {lowest}.")
+            raise UserError(f"{where}: got {getattr(recipe, name)}, expected at least {lowest}.")
 
 
 def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
     """Reads a recipe; `overrides` are `section.key=value` with values in YAML, `mix.0.key=value` for items of a list.
 
     Raises:
-        ValueError: one sentence, for a file that is not there or no YAML, an unknown key (with the nearest one), or a
+        UserError: one sentence, for a file that is not there or no YAML, an unknown key (with the nearest one), or a
             value of another type.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"recipe: '{path}' is not a file, expected a YAML file.")
+        raise UserError(f"recipe: '{path}' is not a file, expected a YAML file.")
     try:
         values = yaml.safe_load(path.read_text("utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe: '{path}' is not YAML: {' '.join(str(error).split())}.") from None
+        raise UserError(f"recipe: '{path}' is not YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(values, dict):
-        raise ValueError(f"recipe: '{path}' holds {values!r}, expected keys and values.")
+        raise UserError(f"recipe: '{path}' holds {values!r}, expected keys and values.")
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator:
-            raise ValueError(f"override: got '{override}', expected section.key=value.")
+            raise UserError(f"override: got '{override}', expected section.key=value.")
         *sections, name = key.split(".")
         target = values
         for section in sections:
@@ -345,28 +342,28 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
             else:
                 target = target.setdefault(section, {})
             if not isinstance(target, (dict, list)):
-                raise ValueError(f"override: '{section}' in '{override}' has no keys of its own.")
+                raise UserError(f"override: '{section}' in '{override}' has no keys of its own.")
         if isinstance(target, list):
-            raise ValueError(f"override: '{name}' in '{override}' is no key, expected one after the number of an item.")
+            raise UserError(f"override: '{name}' in '{override}' is no key, expected one after the number of an item.")
         try:
             target[name] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             reason = " ".join(str(error).split())
-            raise ValueError(f"override: the value in '{override}' is not YAML: {reason}.") from None
+            raise UserError(f"override: the value in '{override}' is not YAML: {reason}.") from None
     return build(Recipe, values)
 
 
 def build(cls: type, values: Any, where: str = ""):
     """A dataclass from plain values, strictly: unknown keys and values of another type are errors."""
     if not isinstance(values, dict):
-        raise ValueError(f"{where or 'recipe'}: got {values!r}, expected keys and values.")
+        raise UserError(f"{where or 'recipe'}: got {values!r}, expected keys and values.")
     hints = typing.get_type_hints(cls)
     arguments = {}
     for key, value in values.items():
         name = f"{where}.{key}" if where else str(key)
         if key not in hints:
             nearest = get_close_matches(str(key), hints, n=1, cutoff=0.0)[0]
-            raise ValueError(f"{name}: unknown key, expected one of {', '.join(hints)} (nearest: '{nearest}').")
+            raise UserError(f"{name}: unknown key, expected one of {', '.join(hints)} (nearest: '{nearest}').")
         arguments[key] = _converted(value, hints[key], name)
     return cls(**arguments)
 
@@ -382,7 +379,7 @@ def _converted(value: Any, hint: Any, name: str) -> Any:
     if hint == dict[str, float] and isinstance(value, dict):
         return {key: _converted(each, float, f"{name}.{key}") for key, each in value.items()}
     if not _fits(value, hint):
-        raise ValueError(f"{name}: got {value!r}, expected {_shown(hint)}.")
+        raise UserError(f"{name}: got {value!r}, expected {_shown(hint)}.")
     return value
 
 
@@ -391,7 +388,7 @@ def _item(cls: type, values: Any, name: str):
         return build(cls, values, name)
     except ValueError as error:
         # Data speaks of itself as of the section that it usually is.
-        raise ValueError(re.sub(r"^data\b(?=[.:])", name, str(error))) from None
+        raise UserError(re.sub(r"^data\b(?=[.:])", name, str(error))) from None
 
 
 def _number(value: Any) -> Any:

@@ -34,6 +34,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..configuration import IMAGE_SIZES, preset_config
 from ..data.collator import AgeVlmCollator, token_grid_size
 from ..data.sources import DataSource
+from ..errors import UserError
 from ..hub import load_checkpoint
 from ..modeling_agevlm import AgeVlmForConditionalGeneration
 from ..modeling_agevlm.modeling_agevlm import reserved_image_token
@@ -63,7 +64,7 @@ def build_model(
 ) -> tuple[AgeVlmForConditionalGeneration, AgeVlmProcessor]:
     """The model and processor that a recipe starts from; `previous` is the checkpoint of the recipe before it."""
     if recipe.checkpoint == PREVIOUS and previous is None:
-        raise ValueError(
+        raise UserError(
             f"model.checkpoint: got '{PREVIOUS}', expected a folder or Hub id: only `age-vlm pipeline` knows the recipe before."
         )
     if recipe.checkpoint is not None:
@@ -83,7 +84,7 @@ def _model_from_preset(
     recipe: ModelRecipe, source: DataSource
 ) -> tuple[AgeVlmForConditionalGeneration, AgeVlmProcessor]:
     if "image_token_id" in recipe.config:
-        raise ValueError("model.config.image_token_id: got one, expected none: the tokenizer is made with the model.")
+        raise UserError("model.config.image_token_id: got one, expected none: the tokenizer is made with the model.")
     tokenizer = source.tokenizer
     image_token, image_token_id = reserved_image_token(tokenizer)
     config = preset_config(recipe.preset, image_token_id=image_token_id, **recipe.config)
@@ -233,7 +234,7 @@ def run_folder(folder: str | Path, overwrite: bool, resume: bool = False) -> Ite
     fails and could be resumed, or has such ids, stays, if it replaces no other.
 
     Raises:
-        ValueError: as `check_run_folder`.
+        UserError: as `check_run_folder`.
     """
     folder = Path(folder)
     check_run_folder(folder, overwrite, resume)
@@ -272,7 +273,7 @@ def _earlier(folder: Path) -> str:
 
 
 def check_run_folder(folder: str | Path, overwrite: bool, resume: bool = False) -> None:
-    """Raises ValueError if the folder exists and neither `overwrite` nor `resume` is on, or if it is not one of ours."""
+    """Raises UserError if the folder exists and neither `overwrite` nor `resume` is on, or if it is not one of ours."""
     folder = Path(folder)
     # All there may be of a run that was killed at its first file.
     unfinished = f".recipe.yaml.*{UNFINISHED}"
@@ -281,13 +282,13 @@ def check_run_folder(folder: str | Path, overwrite: bool, resume: bool = False) 
     ours = (folder / "recipe.yaml").is_file()
     if resume:
         if not ours:
-            raise ValueError(f"run folder: '{folder}' holds no run, expected one to resume, or a new folder.")
+            raise UserError(f"run folder: '{folder}' holds no run, expected one to resume, or a new folder.")
         return
     if not overwrite:
         other = "" if not ours or is_complete(folder) else ", --resume to continue it"
-        raise ValueError(f"run folder: '{folder}' exists, expected a new one (or --overwrite to replace it{other}).")
+        raise UserError(f"run folder: '{folder}' exists, expected a new one (or --overwrite to replace it{other}).")
     if not ours:
-        raise ValueError(f"run folder: '{folder}' holds no earlier run, and is not replaced even with --overwrite.")
+        raise UserError(f"run folder: '{folder}' holds no earlier run, and is not replaced even with --overwrite.")
 
 
 def is_complete(folder: Path) -> bool:
@@ -296,7 +297,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def check_same_recipe(folder: Path, recipe: Recipe) -> None:
-    """Raises ValueError, one sentence with the first difference, if the run in the folder is of another recipe; what to do
+    """Raises UserError, one sentence with the first difference, if the run in the folder is of another recipe; what to do
     about a step that goes wrong, and who gets the log, may differ."""
     try:
         begun = yaml.safe_load((folder / "recipe.yaml").read_text("utf-8"))
@@ -308,13 +309,13 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
             each["training"] = {key: value for key, value in each["training"].items() if key not in kept}
     difference = _difference(begun, here)
     if difference is not None:
-        raise ValueError(
+        raise UserError(
             f"run folder: '{folder}' is of another recipe ({difference}), expected the same one, or a new folder."
         )
 
 
 def check_same_processes(folder: Path) -> None:
-    """Raises ValueError, one sentence, if the run in the folder has checkpoints of another number of processes, or of another
+    """Raises UserError, one sentence, if the run in the folder has checkpoints of another number of processes, or of another
     way to share the work: their steps are of other samples, or their files of another form."""
     try:
         begun = json.loads((folder / "environment.json").read_text("utf-8"))
@@ -324,7 +325,7 @@ def check_same_processes(folder: Path) -> None:
         (values.get("processes", 1), values.get("engine", "no launcher")) for values in (begun, environment())
     )
     if there != here and last_checkpoint(folder):
-        raise ValueError(
+        raise UserError(
             f"run folder: '{folder}' was begun by {there[0]} process{'es' * (there[0] > 1)} ({there[1]}), expected the same "
             f"to resume it, got {here[0]} ({here[1]})."
         )
@@ -348,7 +349,7 @@ def warm_vision(
     if not recipe.warm_start.steps:
         return
     if source.pictures is None:
-        raise ValueError(
+        raise UserError(
             f"warm_start.steps: got {recipe.warm_start.steps}, but this data has no single pictures, expected 0."
         )
     pictures, labels = source.pictures

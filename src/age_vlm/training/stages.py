@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ..errors import UserError
 from .recipe import PREVIOUS, Recipe, load_recipe
 
 
@@ -15,22 +16,22 @@ def load_stages(folder: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
         overrides: `section.key=value` for all of them, `NAME:section.key=value` for one.
 
     Raises:
-        ValueError: one sentence that names the file, for no recipes, one that does not load, an override for a stage that
+        UserError: one sentence that names the file, for no recipes, one that does not load, an override for a stage that
             is not there, or a first stage that wants to start from the one before.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"recipes: '{folder}' is not a folder, expected one with a YAML file for each stage.")
+        raise UserError(f"recipes: '{folder}' is not a folder, expected one with a YAML file for each stage.")
     files = sorted(path for path in folder.iterdir() if path.suffix in (".yaml", ".yml"))
     if not files:
-        raise ValueError(f"recipes: '{folder}' has no YAML files, expected one for each stage.")
+        raise UserError(f"recipes: '{folder}' has no YAML files, expected one for each stage.")
     own: dict[str, list[str]] = {path.stem: [] for path in files}
     if len(own) < len(files):
-        raise ValueError(f"recipes: '{folder}' has two files of one name, expected names that differ.")
+        raise UserError(f"recipes: '{folder}' has two files of one name, expected names that differ.")
     for override in overrides:
         name, colon, _ = override.partition("=")[0].partition(":")
         if colon and name not in own:
-            raise ValueError(f"override: '{override}' is for '{name}', expected one of {', '.join(own)}.")
+            raise UserError(f"override: '{override}' is for '{name}', expected one of {', '.join(own)}.")
         for stage in [name] if colon else own:
             own[stage].append(override.partition(":")[2] if colon else override)
     stages = {}
@@ -38,10 +39,10 @@ def load_stages(folder: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
         try:
             stages[path.stem] = load_recipe(path, own[path.stem])
         except ValueError as error:
-            raise ValueError(f"{path.name}: {error}") from None
+            raise UserError(f"{path.name}: {error}") from None
     first = next(iter(stages))
     if stages[first].model.checkpoint == PREVIOUS:
-        raise ValueError(
+        raise UserError(
             f"{files[0].name}: model.checkpoint: got '{PREVIOUS}', expected something to start from: no recipe is before it."
         )
     return stages
@@ -64,7 +65,7 @@ def run_stages(
         Stage -> figures of its model on the test part of its data.
 
     Raises:
-        ValueError: one sentence, before anything runs for a stage whose recipe is not the one it was begun with, one that
+        UserError: one sentence, before anything runs for a stage whose recipe is not the one it was begun with, one that
             was made from another run of the stage before it, or data that is not there.
     """
     from .pipeline import run_recipe
@@ -97,9 +98,9 @@ def _check(stages: dict[str, Recipe], output: Path) -> None:
             if begun:
                 check_same_recipe(folder, recipe)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+            raise UserError(f"{name}: {error}") from None
         if begun and unfinished is not None and recipe.model.checkpoint == PREVIOUS:
-            raise ValueError(
+            raise UserError(
                 f"{name}: '{folder}' was not made from '{unfinished}', which is not complete, expected none: remove it, or name "
                 "another folder."
             )

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ..data.collator import GROUNDING_KEYS
 from ..data.sample_names import NamedBatches, NamedSamples, unnamed
+from ..errors import UserError
 from ..evaluation.attention import chosen_heads, picture_attention
 from ..evaluation.metrics import attention_mass, pointing_hit
 from .alignment import AlignmentConfig, alignment_losses
@@ -31,7 +32,7 @@ def _keep_batches_whole(args: TrainingArguments) -> None:
     args._n_gpu = min(args.n_gpu, 1)
     # By default one process reads streams for all. Without, each reads the stream and takes its own batches.
     if args.accelerator_config.dispatch_batches:
-        raise ValueError(
+        raise UserError(
             "args.accelerator_config: got dispatch_batches=True, expected False: it cuts batches by rows, which pictures and "
             "masks are not in."
         )
@@ -59,7 +60,7 @@ class AgeVlmTrainer(Trainer):
     the masks), `pointing_accuracy` (how often their maximum falls on the mask) and `alignment_weight`.
 
     Raises:
-        ValueError: one sentence: in training, for a sample that cannot be read or made part of a batch, by its id or its
+        UserError: one sentence: in training, for a sample that cannot be read or made part of a batch, by its id or its
             number, and for a step that is not finite, with the ids of its samples.
     """
 
@@ -79,16 +80,16 @@ class AgeVlmTrainer(Trainer):
             _keep_batches_whole(args)
         super().__init__(model, args, *others, **kwargs)
         if self.args.remove_unused_columns:
-            raise ValueError("args.remove_unused_columns: got True, expected False: the collator needs every column.")
+            raise UserError("args.remove_unused_columns: got True, expected False: the collator needs every column.")
         self.alignment = alignment if alignment is not None else AlignmentConfig()
         self.learning_rates = dict(learning_rates or {})
         self._sums: dict[str, torch.Tensor] = {}
         self._summed_steps = 0
         self._groundings_in_step: torch.Tensor | None = None
         if non_finite not in ("stop", "skip"):
-            raise ValueError(f"non_finite: got '{non_finite}', expected 'stop' or 'skip'.")
+            raise UserError(f"non_finite: got '{non_finite}', expected 'stop' or 'skip'.")
         if non_finite == "skip" and self.is_deepspeed_enabled:
-            raise ValueError(
+            raise UserError(
                 "non_finite: got 'skip', expected 'stop': DeepSpeed takes a step before its loss can be read."
             )
         self.non_finite = non_finite
@@ -216,7 +217,7 @@ class AgeVlmTrainer(Trainer):
             raise EndedElsewhere
         times = f", the {MOST_IN_A_ROW}th step in a row," if too_many and self.non_finite == "skip" else ""
         advice = "" if self.non_finite == "skip" else "; training.non_finite=skip leaves such steps out"
-        raise ValueError(
+        raise UserError(
             f"training: at step {bad.step}{times} {bad}, expected finite numbers ({self.bad_batches}{advice})."
         )
 

@@ -11,6 +11,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from datasets.exceptions import DatasetGenerationError
 
+from ...errors import UserError
 from ..left_out import LeftOut
 from ..schema import FEATURES, Sample
 from .cauldron import cauldron
@@ -58,16 +59,16 @@ def convert(
     What is left out is said in a warning at the end of a conversion, by the process that made it.
 
     Raises:
-        ValueError: an unknown name or argument, what the converter says of its arguments, or that nothing could be used.
+        UserError: an unknown name or argument, what the converter says of its arguments, or that nothing could be used.
     """
     if name not in CONVERTERS:
-        raise ValueError(f"name must be one of {sorted(CONVERTERS)}, got {name!r}.")
+        raise UserError(f"name must be one of {sorted(CONVERTERS)}, got {name!r}.")
     if not isinstance(shards, int) or shards < 1 or (shards > 1 and not streaming):
-        raise ValueError(f"shards must be a number from 1 on, and 1 unless streaming, got {shards!r}.")
+        raise UserError(f"shards must be a number from 1 on, and 1 unless streaming, got {shards!r}.")
     known = inspect.signature(CONVERTERS[name]).parameters.keys() - {"part", "left_out"}
     needed = {key for key in known if inspect.signature(CONVERTERS[name]).parameters[key].default is inspect._empty}
     if wrong := sorted(arguments.keys() - known) or sorted(needed - arguments.keys()):
-        raise ValueError(
+        raise UserError(
             f"arguments of {name!r} are {sorted(needed)} and optionally {sorted(known - needed)}, got "
             f"{sorted(arguments)}: {wrong[0]!r} is {'none of them' if wrong[0] in arguments else 'missing'}."
         )
@@ -100,7 +101,7 @@ def _stored_samples(
             made += 1
             yield {**sample, "images": [stored_picture(image) for image in sample["images"]]}
     if left_out.total and not made and len(numbers) == shards:
-        raise ValueError(f"{name}: nothing could be used, {left_out}.")
+        raise UserError(f"{name}: nothing could be used, {left_out}.")
     left_out.warn(name)
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TextIO
 
 import datasets
 
+from ...errors import UserError
 from ..left_out import LeftOut, Unusable
 
 
@@ -35,10 +36,10 @@ def existing_folder(folder: str | Path, argument: str) -> Path:
     """The folder as a path.
 
     Raises:
-        ValueError: there is no such folder.
+        UserError: there is no such folder.
     """
     if not Path(folder).is_dir():
-        raise ValueError(f"{argument} must be a folder, got {str(folder)!r}, which is none.")
+        raise UserError(f"{argument} must be a folder, got {str(folder)!r}, which is none.")
     return Path(folder)
 
 
@@ -46,10 +47,10 @@ def existing_file(file: str | Path, argument: str) -> Path:
     """The file as a path.
 
     Raises:
-        ValueError: there is no such file.
+        UserError: there is no such file.
     """
     if not Path(file).is_file():
-        raise ValueError(f"{argument} must be a file, got {str(file)!r}, which is none.")
+        raise UserError(f"{argument} must be a file, got {str(file)!r}, which is none.")
     return Path(file)
 
 
@@ -65,7 +66,7 @@ def read_json(file: str | Path, argument: str) -> Iterator[tuple[str | None, Any
     the lines of a file that ends in `.jsonl`, give (None, element). A line that is no JSON gives (None, None).
 
     Raises:
-        ValueError: there is no such file, or it is not JSON to its end.
+        UserError: there is no such file, or it is not JSON to its end.
     """
     path = existing_file(file, argument)
     with path.open(encoding="utf-8-sig") as stream:
@@ -75,7 +76,7 @@ def read_json(file: str | Path, argument: str) -> Iterator[tuple[str | None, Any
             else:
                 yield from _Reader(stream).entries()
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{argument} must be a whole JSON file, got {str(path)!r}: {error}.") from None
+            raise UserError(f"{argument} must be a whole JSON file, got {str(path)!r}: {error}.") from None
 
 
 def read_coco(file: str | Path, argument: str, left_out: LeftOut, wanted: Container[Any] | None = None) -> CocoFile:
@@ -105,7 +106,7 @@ def read_table(
     Pictures come as `{"bytes", "path"}`: one that cannot be decoded shall cost its row, not the run.
 
     Raises:
-        ValueError: there is no such data set.
+        UserError: there is no such data set.
     """
     if isinstance(data, (str, Path)):
         try:
@@ -115,7 +116,7 @@ def read_table(
                 data = datasets.load_dataset(str(data), subset, split=split, streaming=True)
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(
+            raise UserError(
                 f"{argument} must be a data set of the Hub, or a folder or file of parquet, got {str(data)!r}: {reason}"
             ) from error
     elif isinstance(data, datasets.Dataset):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ...errors import UserError
 from ..left_out import LeftOut, Unusable, reported
 from ..masks import MaskRLE
 from ..schema import Sample
@@ -35,7 +36,7 @@ def refcoco(
         instances: `instances.json` from beside it.
         split: `"train"`, `"val"`, `"test"`, `"testA"` or `"testB"`.
 
-    Raises ValueError where no object is in the split.
+    Raises UserError where no object is in the split.
 
     Source: https://github.com/lichengunc/refer
     """
@@ -45,7 +46,7 @@ def refcoco(
         everything = (left_out.attempt(f"ref {number}", _checked, ref) for number, ref in enumerate(everything))
         usable = [ref for ref in everything if ref is not None]
         if split not in (splits := {ref["split"] for ref in usable}):
-            raise ValueError(f"split must be one of {sorted(splits)}, got {split!r}.")
+            raise UserError(f"split must be one of {sorted(splits)}, got {split!r}.")
         chosen = list(part_of((ref for ref in usable if ref["split"] == split), part))
         file = read_coco(instances, "instances", left_out, {ref["image_id"] for ref in chosen})
         for ref in chosen:
@@ -143,7 +144,7 @@ def _unpickled(path: Path) -> list[Any]:
             refs = _PlainUnpickler(stream, encoding="utf-8", errors="replace").load()
         # Damaged pickles raise nearly anything.
         except Exception as error:
-            raise ValueError(f"refs must be a pickle of plain data, got {str(path)!r}: {error}.") from None
+            raise UserError(f"refs must be a pickle of plain data, got {str(path)!r}: {error}.") from None
     if not isinstance(refs, list):
-        raise ValueError(f"refs must hold a list, got {str(path)!r} with a {type(refs).__name__}.")
+        raise UserError(f"refs must hold a list, got {str(path)!r} with a {type(refs).__name__}.")
     return refs
