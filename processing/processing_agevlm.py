@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPImag
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ProcessorMixin
 
-from ..configuration.checkpoint_code_agevlm import AUTO_MAP, write_checkpoint_code
+from ..configuration.checkpoint_code_agevlm import AUTO_MAP, CarriesItsCode
 from .image_geometry_agevlm import ImageGeometry, image_geometry
 from .images_agevlm import load_rgb
 
@@ -41,7 +41,7 @@ CHAT_TEMPLATE = """\
 AS_TRANSFORMERS_SAYS = "image tokens in the prompts should be the same as the number of images."
 
 
-class AgeVlmProcessor(ProcessorMixin):
+class AgeVlmProcessor(CarriesItsCode, ProcessorMixin):
     r"""
     Args:
         image_processor: any image processor of transformers that resizes to a size or a shortest edge, and may crop.
@@ -119,16 +119,6 @@ class AgeVlmProcessor(ProcessorMixin):
     def to_dict(self):
         return {**super().to_dict(), "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]}}
 
-    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
-        saved = super().save_pretrained(os.fspath(save_directory), push_to_hub=push_to_hub, **kwargs)
-        write_checkpoint_code(save_directory)
-        return saved
-
-    def _upload_modified_files(self, working_dir, *args, **kwargs):
-        # Only what changed since `save_pretrained` began is uploaded.
-        write_checkpoint_code(working_dir)
-        return super()._upload_modified_files(working_dir, *args, **kwargs)
-
     @classmethod
     def from_backbones(
         cls,
@@ -146,7 +136,7 @@ class AgeVlmProcessor(ProcessorMixin):
             image_token: token that stands for a picture, the first reserved special one when left out.
             image_size: of the model's input, a side or height and width in pixels, the encoder's own when left out.
         """
-        from ..modeling_agevlm.modeling_agevlm import load_part, reserved_image_token
+        from ..modeling_agevlm.backbones_agevlm import load_part, reserved_image_token
 
         tokenizer = load_part("text", text, AutoTokenizer)
         return cls(
@@ -157,7 +147,7 @@ class AgeVlmProcessor(ProcessorMixin):
 
 
 def _image_processor(vision: str | os.PathLike, image_size: int | Sequence[int] | None):
-    from ..modeling_agevlm.modeling_agevlm import load_part
+    from ..modeling_agevlm.backbones_agevlm import load_part
 
     config = load_part("vision", vision, AutoConfig)
     if config.model_type == "timm_wrapper":

@@ -2,7 +2,6 @@
 
 """Configuration of AGE-VLM (Mahajan et al., arXiv 2511.17793): a Llama, a vision encoder, and where they meet."""
 
-import os
 from dataclasses import fields
 from difflib import get_close_matches
 from functools import wraps
@@ -12,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
-from .checkpoint_code_agevlm import AUTO_MAP, write_checkpoint_code
+from .checkpoint_code_agevlm import AUTO_MAP, CarriesItsCode
 from .versions_agevlm import supported_range, warn_if_untested
 
 
@@ -38,7 +37,7 @@ def _one_sentence(config_class):
 
 @_one_sentence
 @strict
-class AgeVlmConfig(PreTrainedConfig):
+class AgeVlmConfig(CarriesItsCode, PreTrainedConfig):
     r"""
     Args:
         text_config (`LlamaConfig` or `dict`, *optional*):
@@ -168,15 +167,6 @@ class AgeVlmConfig(PreTrainedConfig):
         # A checkpoint names its own code, so that it also loads where age-vlm is not installed.
         auto_map = {key: AUTO_MAP[key] for key in AUTO_MAP if key != "AutoProcessor"}
         return {**super().to_dict(), "auto_map": auto_map, "tested_transformers": supported_range()}
-
-    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
-        super().save_pretrained(os.fspath(save_directory), push_to_hub=push_to_hub, **kwargs)
-        write_checkpoint_code(save_directory)
-
-    def _upload_modified_files(self, working_dir, *args, **kwargs):
-        # Only what changed since `save_pretrained` began is uploaded.
-        write_checkpoint_code(working_dir)
-        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
 
 # Llama-3.2-1B, as published.

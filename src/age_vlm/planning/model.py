@@ -16,7 +16,7 @@ from ..data.collator import AgeVlmCollator, token_grid_size
 from ..data.sources import DataSource, load_sources
 from ..errors import UserError
 from ..modeling_agevlm import AgeVlmForConditionalGeneration
-from ..modeling_agevlm.modeling_agevlm import load_part
+from ..modeling_agevlm.backbones_agevlm import load_part
 from ..processing import AgeVlmProcessor, ImageGeometry, image_geometry, whole_image_processor
 from ..training.recipe import PREVIOUS, ModelRecipe, Recipe
 from ..training.run import build_model, set_trainable

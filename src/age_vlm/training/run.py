@@ -37,7 +37,7 @@ from ..data.sources import DataSource
 from ..errors import UserError
 from ..hub import load_checkpoint
 from ..modeling_agevlm import AgeVlmForConditionalGeneration
-from ..modeling_agevlm.modeling_agevlm import reserved_image_token
+from ..modeling_agevlm.backbones_agevlm import reserved_image_token
 from ..processing import AgeVlmProcessor, whole_image_processor
 from ..whole_files import UNFINISHED
 from .loss_watch import BAD_BATCHES
