@@ -56,6 +56,11 @@ class DataSource:
 
         return build_word_tokenizer(self.texts())
 
+    @property
+    def train_samples(self) -> int:
+        """How many different samples there are to train on: a mixture draws some of them again and again."""
+        return self.train.different if isinstance(self.train, Mix) else len(self.train)
+
 
 class MasksOfOthers(Dataset):
     """Every grounding with a mask of another sample: the control that has masks, but not the right ones."""
