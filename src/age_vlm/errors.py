@@ -99,7 +99,7 @@ def filling(argument: str, folder: str | Path) -> Iterator[None]:
     except Exception as error:
         if not _is_full_disk(error):
             raise
-        reason = _reason(error) if isinstance(error, OSError) else str(error).partition("\n")[0].rstrip(".")
+        reason = _reason(error) if isinstance(error, OSError) else "a file came out too short, as on a full disk"
         raise UserError(f"{argument}: '{folder}' could not be written: {reason}.") from error
 
 
@@ -110,8 +110,9 @@ def _is_full_disk(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in _FULL
     # Both write in code of their own, which knows no OSError.
-    safetensors = type(error).__name__ == "SafetensorError" and "IoError" in str(error)
-    return safetensors or (isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error))
+    if type(error).__name__ == "SafetensorError":
+        return "I/O error" in str(error) or "IoError" in str(error)
+    return isinstance(error, RuntimeError) and ("PytorchStreamWriter" in str(error) or "inline_container" in str(error))
 
 
 def check_new_folder(argument: str, folder: str | Path) -> None:
@@ -121,7 +122,7 @@ def check_new_folder(argument: str, folder: str | Path) -> None:
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         raise UserError(f"{argument}: '{folder}' cannot be a folder: '{there}' is a file, expected another name.")
-    if not os.access(there, os.W_OK | os.X_OK):
+    if not _may_be_written(there):
         raise UserError(
             f"{argument}: '{folder}' cannot be written: '{there}' does not allow it, expected another folder."
         )
@@ -135,8 +136,12 @@ def check_new_file(argument: str, path: str | Path) -> None:
             raise UserError(f"{argument}: '{path}' is a folder, expected the name of a file.")
         if not path.absolute().parent.is_dir():
             raise UserError(f"{argument}: '{path}' is not in a folder that exists.")
-    if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+    if not _may_be_written(path.absolute().parent):
         raise UserError(f"{argument}: '{path}' cannot be written: its folder does not allow it, expected another one.")
+
+
+def _may_be_written(folder: Path) -> bool:
+    return os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
 def _reason(error: OSError) -> str:

@@ -83,7 +83,7 @@ def _name_base(written: Path, folder: Path | None) -> None:
         settings["base_model_name_or_path"] = None
     else:
         ends = os.path.realpath(base), os.path.realpath(folder)
-        apart = Path(os.path.commonpath(ends)) == Path(ends[0]).root
+        apart = os.path.commonpath(ends) == Path(ends[0]).anchor
         settings["base_model_name_or_path"] = None if apart else os.path.relpath(*ends)
     (written / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True), "utf-8")
     card = written / "README.md"
