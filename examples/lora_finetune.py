@@ -64,7 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # The example checkpoint has learned from the scenes of seed 0.
     parser.add_argument("--seed", type=int, default=1, help="of adapter, training pictures and their order")
     parser.add_argument("--output", default="runs/lora", help="folder of the adapter")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier adapter in that folder")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier adapter in that folder; other files in it stay"
+    )
     options = parser.parse_args(arguments)
     return run_command("lora_finetune", lambda: run(options))
 

@@ -1,8 +1,10 @@
 import os
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -259,7 +261,11 @@ def test_debug_shows_where_an_error_comes_from(capsys):
 
 
 @pytest.fixture
-def places(tmp_path, picture, recipe):
+def places(tmp_path, picture, recipe, checkpoint, tmp_path_factory):
+    base = tmp_path_factory.getbasetemp()
+    for folder in (tmp_path, Path(checkpoint).parent, base, base.parent):
+        folder.chmod(0o755)
+    tmp_path.chmod(0o777)
     (tmp_path / "file").write_text("a file")
     (tmp_path / "folder").mkdir()
     (tmp_path / "recipes").mkdir()
@@ -291,18 +297,24 @@ PLACES = [
     ("train recipe.yaml model.checkpoint=folder", "model.checkpoint: 'folder' could not be loaded"),
     ("train recipe.yaml model.checkpoint=file", "model.checkpoint: 'file' could not be loaded"),
     ("train recipe.yaml model.checkpoint=secret", "model.checkpoint: 'secret' could not be loaded"),
-    ("train recipe.yaml model={text:NONE,vision:NONE}", "text: 'none/here' could not be loaded"),
-    ("train recipe.yaml model={text:folder,vision:folder}", "text: 'folder' could not be loaded"),
-    ("train recipe.yaml data={kind:dataset,path:file}", "data.path: 'file' .*cannot be loaded"),
-    ("train recipe.yaml data={kind:dataset,path:folder}", "data.path: 'folder' .*cannot be loaded"),
-    ("train recipe.yaml data={kind:dataset,path:secret}", "data.path: 'secret' .*cannot be loaded"),
-    ("train recipe.yaml data={kind:label_maps,images:file,labels:folder,classes:[a]}", "images must be a folder"),
-    ("train recipe.yaml data={kind:label_maps,images:folder,labels:none,classes:[a]}", "labels must be a folder"),
+    ("train recipe.yaml 'model={text: none/here, vision: none/here}'", "text: 'none/here' could not be loaded"),
+    ("train recipe.yaml 'model={text: folder, vision: folder}'", "text: 'folder' could not be loaded"),
+    ("train recipe.yaml 'data={kind: dataset, path: file}'", "data.path: 'file' .*cannot be loaded"),
+    ("train recipe.yaml 'data={kind: dataset, path: folder}'", "data.path: 'folder' .*cannot be loaded"),
+    ("train recipe.yaml 'data={kind: dataset, path: secret}'", "data.path: 'secret' .*cannot be loaded"),
     (
-        "train recipe.yaml data={kind:label_maps,images:secret,labels:folder,classes:[a]}",
+        "train recipe.yaml 'data={kind: label_maps, images: file, labels: folder, classes: [a]}'",
+        "images must be a folder",
+    ),
+    (
+        "train recipe.yaml 'data={kind: label_maps, images: folder, labels: none, classes: [a]}'",
+        "labels must be a folder",
+    ),
+    (
+        "train recipe.yaml 'data={kind: label_maps, images: secret, labels: folder, classes: [a]}'",
         "images: 'secret' could not be read",
     ),
-    ("train recipe.yaml model.config={image_visibility:all}", "image_visibility: got 'all'"),
+    ("train recipe.yaml 'model.config={image_visibility: all}'", "image_visibility: got 'all'"),
     ("pipeline none --output new", "recipes: 'none' is not a folder"),
     ("pipeline file --output new", "recipes: 'file' is not a folder"),
     ("pipeline secret --output new", "recipes: 'secret' could not be read: Permission denied"),
@@ -316,8 +328,8 @@ PLACES = [
     ("plan recipe.yaml --json folder", "--json: 'folder' is a folder"),
     ("plan recipe.yaml --json locked/plan.json", "--json: 'locked/plan.json' cannot be written"),
     ("plan recipe.yaml model.checkpoint=file", "model.checkpoint: 'file' could not be read"),
-    ("plan recipe.yaml model={text:NONE,vision:NONE}", "model.text: 'none/here' could not be loaded"),
-    ("plan recipe.yaml model.config={image_visibility:all}", "image_visibility: got 'all'"),
+    ("plan recipe.yaml 'model={text: none/here, vision: none/here}'", "model.text: 'none/here' could not be loaded"),
+    ("plan recipe.yaml 'model.config={image_visibility: all}'", "image_visibility: got 'all'"),
     ("ground none --teacher annotated", "data: 'none' .* cannot be loaded"),
     ("ground file --teacher annotated", "data: 'file' .* cannot be loaded"),
     ("ground secret --teacher annotated", "data: 'secret' .* cannot be loaded"),
@@ -338,9 +350,7 @@ PLACES = [
 
 @pytest.mark.parametrize("line, words", PLACES)
 def test_what_is_wrong_with_a_place_is_one_sentence(capsys, places, checkpoint, line, words):
-    line = line.replace(":", ": ").replace(",", ", ").replace("NONE", "none/here") if "{" in line else line
-    first, _, override = line.partition(" model") if " model" in line and "{" in line else line.partition(" data=")
-    arguments = line.split() if "{" not in line else [*first.split(), line[len(first) + 1 :]]
+    arguments = shlex.split(line)
     if arguments[0] == "ask" and "--model" not in arguments:
         arguments += ["--model", checkpoint]
     root = os.geteuid() == 0

@@ -206,7 +206,9 @@ def plans(
         UserError: one sentence, for a recipe that does not load, or as `plan`.
     """
     path = Path(path)
-    if path.is_dir():
+    with reading("recipe", path):
+        is_folder = path.is_dir()
+    if is_folder:
         with reading("recipes", path):
             files = [file for file in path.iterdir() if file.suffix in (".yaml", ".yml")]
         blanks = [f"{file.stem}:{blank}" for file in files for blank in _blanks(file)]

@@ -323,9 +323,9 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
             value of another type.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"recipe: '{path}' is not a file, expected a YAML file.")
     with reading("recipe", path):
+        if not path.is_file():
+            raise UserError(f"recipe: '{path}' is not a file, expected a YAML file.")
         text = path.read_bytes()
     try:
         values = yaml.safe_load(text.decode()) or {}

@@ -20,9 +20,9 @@ def load_stages(folder: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
             is not there, or a first stage that wants to start from the one before.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"recipes: '{folder}' is not a folder, expected one with a YAML file for each stage.")
     with reading("recipes", folder):
+        if not folder.is_dir():
+            raise UserError(f"recipes: '{folder}' is not a folder, expected one with a YAML file for each stage.")
         files = sorted(path for path in folder.iterdir() if path.suffix in (".yaml", ".yml"))
     if not files:
         raise UserError(f"recipes: '{folder}' has no YAML files, expected one for each stage.")
