@@ -14,7 +14,7 @@ from .analysis.overlay import overlay_sheet
 from .data.chat import ChatEncoder
 from .data.collator import token_grid_size
 from .data.schema import assistant_message, user_message
-from .errors import UserError
+from .errors import UserError, checkpoint_errors
 from .evaluation.attention import chosen_heads, picture_attention
 from .hub import load_checkpoint
 from .modeling_agevlm import AgeVlmForConditionalGeneration
@@ -67,7 +67,10 @@ def ask(
     """
     if not question.strip():
         raise UserError("question: got an empty text, expected a question.")
-    picture = load_rgb(image)
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens: got {max_new_tokens}, expected at least 1.")
+    with checkpoint_errors():
+        picture = load_rgb(image)
     if not isinstance(picture, PIL.Image.Image):
         picture = PIL.Image.fromarray(picture.permute(1, 2, 0).to(torch.uint8).numpy())
     prompt = [user_message(question, images=1)]

@@ -9,7 +9,7 @@ from functools import lru_cache, partial
 import PIL.Image
 import torch
 
-from ..errors import UserError
+from ..errors import UserError, checkpoint_errors
 from ..processing import ImageGeometry
 from ..processing.images_agevlm import load_rgb
 from .chat import ChatEncoder, EncodedChat
@@ -103,7 +103,7 @@ class AgeVlmCollator:
         # One picture object in several samples, as in evaluation questions about it, is prepared and encoded once.
         pictures: dict[int, PIL.Image.Image] = {}
         for sample in samples:
-            with naming(sample):
+            with naming(sample), checkpoint_errors():
                 encoded.append(self._encoded(sample))
                 for image in sample["images"]:
                     if id(image) not in pictures:

@@ -24,7 +24,7 @@ from age_vlm.data.masks import encode_mask
 from age_vlm.data.questions import MODES, NUMBER_WORDS, EvaluationItem, KindStatistics, Question, existence_negatives
 from age_vlm.data.schema import Grounding, Message, Sample, assistant_message, grounding, user_message
 
-from ..errors import UserError
+from ..errors import UserError, reading
 
 
 CAPTION_REQUEST = "describe the picture."
@@ -226,10 +226,12 @@ def _class_names(classes: Sequence[str]) -> tuple[str, ...]:
 
 def _files(folder: str | Path, argument: str, suffix: str | None = None) -> dict[str, Path]:
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{argument} must be a folder, got {str(folder)!r}, which is none.")
+    with reading(argument, folder):
+        if not folder.is_dir():
+            raise UserError(f"{argument} must be a folder, got {str(folder)!r}, which is none.")
+        paths = sorted(folder.iterdir())
     files: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
+    for path in paths:
         if path.name.startswith(".") or not path.is_file() or (suffix and path.suffix.lower() != suffix):
             continue
         if path.stem in files:

@@ -16,7 +16,7 @@ import numpy as np
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from ..errors import UserError
+from ..errors import UserError, reading
 from .mix import Mix
 from .questions import EvaluationItem, Question
 from .sample_names import sample_name
@@ -55,6 +55,11 @@ class DataSource:
         from .scenes_tokenizer import build_word_tokenizer
 
         return build_word_tokenizer(self.texts())
+
+    @property
+    def train_samples(self) -> int:
+        """How many different samples there are to train on: a mixture draws some of them again and again."""
+        return self.train.different if isinstance(self.train, Mix) else len(self.train)
 
 
 class MasksOfOthers(Dataset):
@@ -119,8 +124,11 @@ def check_paths(recipe: Recipe) -> None:
         if data.kind == "label_maps":
             for key in ("images", "labels", "instances"):
                 folder = getattr(data, key)
-                if folder is not None and not Path(folder).is_dir():
-                    raise UserError(f"{name}.{key}: '{folder}' is not a folder, expected one.")
+                if folder is None:
+                    continue
+                with reading(f"{name}.{key}", folder):
+                    if not Path(folder).is_dir():
+                        raise UserError(f"{name}.{key}: '{folder}' is not a folder, expected one.")
         elif data.kind == "dataset" and not Path(data.path).is_dir() and not re.fullmatch(_HUB_NAME, data.path):
             raise UserError(f"{name}.path: '{data.path}' is not a folder, expected one, or the Hub name of a data set.")
 

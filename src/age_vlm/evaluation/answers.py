@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from ..data.questions import EvaluationItem, Question
+from ..errors import checkpoint_errors
 from ..processing.images_agevlm import load_rgb
 
 
@@ -53,7 +54,8 @@ def _batches(model, processor, items, batch_size) -> Iterator[tuple[list[Questio
         options = {"padding": True, "padding_side": "left", "return_tensors": "pt", "add_special_tokens": False}
         if shares:
             inputs = processor.tokenizer(texts, **options)
-            images = [load_rgb(item.image) for item in part]
+            with checkpoint_errors():
+                images = [load_rgb(item.image) for item in part]
             inputs |= processor.image_processor(images=images, return_tensors="pt")
             inputs["image_indices"] = torch.tensor([number for number, _ in asked])
         else:
