@@ -117,7 +117,7 @@ def test_every_mode_of_pillow_is_the_picture(picture, mode, orientation):
     assert image.mode == mode or (mode == "I;16L" and image.mode == "I;16") or mode == "I;16N"
     image.getexif()[0x0112] = orientation
     expected = picture.astype(float)
-    if mode[0] in "1LIF" and mode != "LAB" or mode == "PA":
+    if (mode[0] in "1LIF" and mode != "LAB") or mode == "PA":
         expected = np.repeat(expected[..., :1], 3, -1)
     if mode == "1":
         expected = (expected > 127) * 255.0
