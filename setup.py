@@ -1,5 +1,6 @@
 """age-vlm: the package's metadata, and the three top-level folders that travel inside every checkpoint."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -12,11 +13,16 @@ CHECKPOINT_CODE = {
     "age_vlm.processing": "processing",
 }
 
+# The range of transformers stands where a checkpoint takes it along. Read, not imported: a build has no transformers.
+TESTED = (HERE / "configuration" / "versions_agevlm.py").read_text("utf-8")
+FIRST, BEYOND = re.search(r'^TESTED_TRANSFORMERS = \("(.+)", "(.+)"\)$', TESTED, re.MULTILINE).groups()
+
 # Upper bounds stand where a new major release may break what is used here, lower ones at the oldest release with it.
 INSTALL_REQUIRES = [
     "torch>=2.6,<3",  # first release whose SDPA and flex attention transformers 5 relies on
     "torchvision>=0.21,<1",  # goes with torch 2.6; timm and the image processors need it
-    "transformers>=5.16.1,<6",  # the cache hooks of 5.16, and of 5.16.1 `tp_plan="auto"`; a new major breaks model code
+    # From the release that calls the cache `cache`, to the next minor release: each may break a model outside of it.
+    f"transformers>={FIRST},<{BEYOND}",
     "timm>=1.0.21,<2",  # first release whose ConvNeXt can be built on the meta device
     "datasets>=4.0,<6",  # `List` features
     "accelerate>=1.10,<2",  # required by transformers.Trainer 5

@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from .checkpoint_code_agevlm import AUTO_MAP, write_checkpoint_code
+from .versions_agevlm import supported_range, warn_if_untested
 
 
 logger = logging.get_logger(__name__)
@@ -71,7 +72,7 @@ class AgeVlmConfig(PreTrainedConfig):
 
     model_type = "age_vlm"
     sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache"]
     # Beside that of the language model. The norms see the heads of their own process alone, as Qwen3's do.
     base_model_tp_plan = {
         f"language_model.layers.*.cross_attention.{name}": style
@@ -101,6 +102,10 @@ class AgeVlmConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
+        warn_if_untested()
+        kwargs.pop(
+            "tested_transformers", None
+        )  # of the code that wrote it; this is other code, with a range of its own
         self.text_config = _sub_config("text_config", self.text_config, DEFAULT_TEXT_CONFIG)
         if self.text_config.model_type != "llama":
             raise ValueError(
@@ -161,7 +166,8 @@ class AgeVlmConfig(PreTrainedConfig):
 
     def to_dict(self):
         # A checkpoint names its own code, so that it also loads where age-vlm is not installed.
-        return {**super().to_dict(), "auto_map": {key: AUTO_MAP[key] for key in AUTO_MAP if key != "AutoProcessor"}}
+        auto_map = {key: AUTO_MAP[key] for key in AUTO_MAP if key != "AutoProcessor"}
+        return {**super().to_dict(), "auto_map": auto_map, "tested_transformers": supported_range()}
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         super().save_pretrained(os.fspath(save_directory), push_to_hub=push_to_hub, **kwargs)

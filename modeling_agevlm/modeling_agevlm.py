@@ -7,11 +7,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, Cache, GenerationMixin, LlamaForCausalLM, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithCrossAttentions
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from ..configuration.configuration_agevlm import AgeVlmConfig, unknown_option
+from .compat_agevlm import accepts_old_cache_name
 from .cross_attention_agevlm import AgeVlmGate, AgeVlmTextModel, AgeVlmTextModelOutput, nothing_placed
 from .image_masks_agevlm import place_images
 from .vision_agevlm import (
@@ -42,22 +43,15 @@ class AgeVlmModelOutputWithPast(AgeVlmTextModelOutput):
 
 
 @dataclass
-class AgeVlmCausalLMOutputWithPast(ModelOutput):
+class AgeVlmCausalLMOutputWithPast(CausalLMOutputWithCrossAttentions):
     """
     Attributes:
-        loss: language modelling loss, where `labels` were given.
-        logits: (batch, length, vocabulary).
         cross_attentions: one (batch, heads, length, image tokens) a block, for `output_attentions=True` under eager.
         cross_attention_maps: one (maps, heads, image tokens) a block, for `cross_attention_rows`, under every backend.
         image_hidden_states: (images, tokens, width).
+        Others: as for any causal language model.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
     cross_attention_maps: tuple[torch.FloatTensor, ...] | None = None
     image_hidden_states: torch.FloatTensor | None = None
 
@@ -69,7 +63,6 @@ class AgeVlmPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["LlamaDecoderLayer", "AgeVlmDecoderLayer", "AgeVlmTimmWrapperModel"]
-    _skip_keys_device_placement = ["past_key_values"]
     _keep_in_fp32_modules = ["attn_gate", "mlp_gate"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -183,6 +176,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token).to(inputs_embeds)).all(-1)
 
+    @accepts_old_cache_name
     @can_return_tuple
     def forward(
         self,
@@ -190,7 +184,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         pixel_values: torch.FloatTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         image_indices: torch.LongTensor | None = None,
         cross_attention_rows: torch.LongTensor | None = None,
@@ -221,7 +215,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         batch, length = inputs_embeds.shape[:2]
-        _check_cache(past_key_values, batch)
+        _check_cache(cache, batch)
         _check_rows(cross_attention_rows, batch, length)
 
         if pixel_values is not None and len(pixel_values) == 0:
@@ -234,9 +228,9 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
             image_states = image_states.to(inputs_embeds.device, inputs_embeds.dtype)
             is_image = self.image_token_mask(input_ids, inputs_embeds)
             _check_image_count(int(is_image.sum()), image_states.shape[0], image_indices)
-            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past_length = cache.get_seq_length() if cache is not None else 0
             placed = place_images(is_image, image_indices, past_length)
-        elif past_key_values is None and not torch.compiler.is_compiling():
+        elif cache is None and not torch.compiler.is_compiling():
             if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
                 # All ranks must run, and reduce, the same parameters; a rank without a picture gives them zeros.
                 blank = inputs_embeds.new_zeros(1, *image_shape(self.config.vision_config))
@@ -248,7 +242,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             image_states=image_states,
             placed_images=placed,
@@ -285,6 +279,7 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
         """See [`AgeVlmModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
+    @accepts_old_cache_name
     @can_return_tuple
     def forward(
         self,
@@ -292,7 +287,7 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
         pixel_values: torch.FloatTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         image_indices: torch.LongTensor | None = None,
@@ -313,7 +308,7 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             image_indices=image_indices,
             cross_attention_rows=cross_attention_rows,
@@ -335,7 +330,7 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
         return AgeVlmCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
@@ -346,7 +341,7 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids,
-        past_key_values=None,
+        cache=None,
         inputs_embeds=None,
         pixel_values=None,
         mm_encoder_outputs=None,
@@ -355,7 +350,7 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
     ):
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             **kwargs,
@@ -397,10 +392,10 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def _get_candidate_generator(self, *args, model_kwargs, **kwargs):
-        cached = model_kwargs["past_key_values"].get_seq_length()
+        cached = model_kwargs["cache"].get_seq_length()
         if cached > 0:
             raise ValueError(
-                f"past_key_values: got a cache of {cached} tokens for assisted decoding, expected an empty one: "
+                f"cache: got a cache of {cached} tokens for assisted decoding, expected an empty one: "
                 "transformers (5.23) would read them a second time."
             )
         return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
@@ -419,9 +414,9 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
                     input_ids if has_ids else None, None if has_ids else model_kwargs["inputs_embeds"]
                 )
                 given = images if image_indices is None else image_indices
-                if len(given) < mask.sum() and model_kwargs.get("past_key_values") is not None:
+                if len(given) < mask.sum() and model_kwargs.get("cache") is not None:
                     # A continued chat may bring its new pictures alone.
-                    mask = mask[:, int(model_kwargs["past_key_values"].get_seq_length()) :]
+                    mask = mask[:, int(model_kwargs["cache"].get_seq_length()) :]
                 counts = mask.sum(-1).tolist()
                 _check_image_count(sum(counts), len(images), image_indices)
             if image_indices is not None:
@@ -585,12 +580,12 @@ def _check_image_count(tokens: int, images: int, image_indices: torch.Tensor | N
         )
 
 
-def _check_cache(past_key_values: Cache | None, batch: int) -> None:
-    for layer in past_key_values.layers if past_key_values is not None else ():
+def _check_cache(cache: Cache | None, batch: int) -> None:
+    for layer in cache.layers if cache is not None else ():
         # A quantised layer may hold its text elsewhere.
         for states in (getattr(layer, "keys", None), getattr(layer, "image_keys", None)):
             if isinstance(states, torch.Tensor) and states.ndim == 4 and states.shape[0] != batch:
-                raise ValueError(f"past_key_values: got a cache of {states.shape[0]} rows, expected {batch}.")
+                raise ValueError(f"cache: got a cache of {states.shape[0]} rows, expected {batch}.")
 
 
 def _check_rows(rows: torch.Tensor | None, batch: int, length: int) -> None:

@@ -524,6 +524,6 @@ def test_bad_input_is_one_sentence(model, make_batch, change, words):
 def test_a_cache_of_other_rows_is_one_sentence(model, make_batch, make_cache):
     cache = make_cache(model.config.text_config)
     with torch.no_grad():
-        model(**make_batch((1, 0)), past_key_values=cache)
-    with pytest.raises(ValueError, match="past_key_values: got a cache of 2 rows, expected 3"):
-        model(input_ids=torch.full((3, 1), 9), past_key_values=cache)
+        model(**make_batch((1, 0)), cache=cache)
+    with pytest.raises(ValueError, match="cache: got a cache of 2 rows, expected 3"):
+        model(input_ids=torch.full((3, 1), 9), cache=cache)
