@@ -8,6 +8,7 @@ from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ProcessorMixin
 
 from ..configuration.checkpoint_code_agevlm import AUTO_MAP, write_checkpoint_code
+from .chat_agevlm import template_with_images
 from .image_geometry_agevlm import ImageGeometry, image_geometry
 from .image_settings_agevlm import encoder_image_processor
 from .images_agevlm import load_rgb
@@ -47,7 +48,8 @@ class AgeVlmProcessor(ProcessorMixin):
         image_processor: any image processor of transformers that resizes to a size or a shortest edge, and may crop.
         tokenizer: of the language model.
         image_token (`str`): the token of the vocabulary that stands for one picture.
-        chat_template (`str`, *optional*): Llama 3's format with pictures when left out.
+        chat_template (`str`, *optional*): Llama 3's format with pictures when left out. One that takes messages of plain
+            text alone gets the image token where a picture is.
 
     Calling it gives `pixel_values` (images, channels, height, width), `input_ids` and `attention_mask`
     (batch, length): nothing of text length besides, so whatever truncates or pads text can do so safely.
@@ -68,6 +70,8 @@ class AgeVlmProcessor(ProcessorMixin):
                 f"image_token: '{image_token}' is not in the tokenizer's vocabulary, expected one that is."
             )
         chat_template = chat_template or CHAT_TEMPLATE.replace("%IMAGE%", image_token)
+        if isinstance(chat_template, str):
+            chat_template = template_with_images(tokenizer, chat_template, image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):
