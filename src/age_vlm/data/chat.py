@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 from ..errors import UserError
 from ..processing.chat_agevlm import assistant_turn
+from .byte_cache import MIB, ByteCache
 from .schema import Message
 
 
@@ -45,32 +45,30 @@ class EncodedChat:
 class ChatEncoder:
     """Renders chats with the processor's own template and tokenizes them.
 
-    Encodings are kept: the questions of a data set repeat from picture to picture, and from epoch to epoch.
+    Encodings are kept, up to `cache_bytes`: the questions of a data set repeat from picture to picture.
 
     Raises:
         UserError: one sentence, for a chat template that changes the text of messages, or does not end an answer.
     """
 
-    def __init__(self, processor, cache_size: int = 65_536):
+    def __init__(self, processor, cache_bytes: int = 64 * MIB):
         self.processor = processor
         try:
             self.turn = assistant_turn(processor.tokenizer, processor.chat_template)
         except ValueError as error:
             raise UserError(str(error)) from None
-        self.cache_size = cache_size
-        self._encode = lru_cache(maxsize=cache_size)(self._encode_parts)
+        self.cache: ByteCache[EncodedChat] = ByteCache(cache_bytes)
 
     def __reduce__(self):
-        # A cache cannot be pickled, and the workers of a data loader are started by pickling on most systems.
-        return ChatEncoder, (self.processor, self.cache_size)
+        # The workers of a data loader are started by pickling on most systems.
+        return ChatEncoder, (self.processor, self.cache.max_bytes)
 
     def __call__(self, messages: Sequence[Message]) -> EncodedChat:
-        return self._encode(
-            tuple(
-                (message["role"], tuple((part["type"], part.get("text")) for part in _parts(message)))
-                for message in messages
-            )
+        key = tuple(
+            (message["role"], tuple((part["type"], part.get("text")) for part in _parts(message)))
+            for message in messages
         )
+        return self.cache.get(key, lambda: self._encode_parts(key))
 
     def _encode_parts(self, messages) -> EncodedChat:
         texts = [content for _, parts in messages for kind, content in parts if kind == "text"]
