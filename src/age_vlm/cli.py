@@ -233,5 +233,12 @@ def _ask(options: argparse.Namespace) -> None:
             answer.sheet(options.question).save(file, kind)
 
 
+def _check(options: argparse.Namespace) -> None:
+    from .commands.check import check
+
+    if not check(options.model):
+        sys.exit(1)
+
+
 if __name__ == "__main__":
     sys.exit(main())
