@@ -7,13 +7,11 @@ from transformers import AutoConfig, AutoModel, LlamaForCausalLM
 from transformers.utils import logging
 
 from ..configuration.configuration_agevlm import unknown_option
+from ..processing.chat_agevlm import CHAT_TEMPLATE, stop_at_end_of_turn
 from .vision_agevlm import drop_unused_head
 
 
 logger = logging.get_logger(__name__)
-
-# What the processor's chat template, that of Llama 3, has at the end of an answer.
-END_OF_TURN = "<|eot_id|>"
 
 
 def model_from_backbones(
@@ -70,7 +68,12 @@ def model_from_backbones(
             f"text, vision: {len(missing)} weights are not in '{text}' or '{vision}', first '{missing[0]}'."
         )
     model.generation_config = language_model.generation_config
-    model.generation_config.eos_token_id = _with_end_of_turn(model.generation_config.eos_token_id, tokenizer)
+    if tokenizer is not None:
+        # A base model's own configuration knows the end of a text alone.
+        try:
+            stop_at_end_of_turn(model.generation_config, tokenizer, CHAT_TEMPLATE)
+        except ValueError as error:
+            logger.warning(f"text: answers of '{text}' do not stop by themselves: {error}")
     return model.eval()
 
 
@@ -93,13 +96,6 @@ def _tokenizer(text: str | os.PathLike):
         return AutoTokenizer.from_pretrained(text)
     except (OSError, ValueError, TypeError, KeyError):
         return None
-
-
-def _with_end_of_turn(eos_token_id: int | list[int] | None, tokenizer) -> int | list[int] | None:
-    """What else ends an answer of a chat: a base model's own configuration knows the end of a text alone."""
-    ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
-    end_of_turn = None if tokenizer is None else tokenizer.get_vocab().get(END_OF_TURN)
-    return eos_token_id if end_of_turn is None or end_of_turn in ends else [*ends, end_of_turn]
 
 
 def _image_token_id(text: str | os.PathLike, text_config, tokenizer) -> int:

@@ -4,6 +4,30 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 
+# Llama 3's own format; one token stands for a picture where the message has it.
+CHAT_TEMPLATE = """\
+{{- bos_token }}
+{%- for message in messages %}
+{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+{%- if message['role'] == 'assistant' %}
+{%- generation %}
+{%- if message['content'] is string %}{{- message['content'] }}
+{%- else %}{%- for part in message['content'] %}{%- if part['type'] == 'text' %}{{- part['text'] }}{%- endif %}{%- endfor %}
+{%- endif %}
+{{- '<|eot_id|>' }}
+{%- endgeneration %}
+{%- else %}
+{%- if message['content'] is string %}{{- message['content'] }}
+{%- else %}{%- for part in message['content'] %}
+{%- if part['type'] == 'image' %}{{- '%IMAGE%' }}{%- elif part['type'] == 'text' %}{{- part['text'] }}{%- endif %}
+{%- endfor %}
+{%- endif %}
+{{- '<|eot_id|>' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}
+"""
+
 # Before a template that takes messages of plain text: their parts become one text, the image token where a picture is.
 _PARTS_TO_TEXT = """\
 {%- set flat = namespace(messages=[], text='') %}\

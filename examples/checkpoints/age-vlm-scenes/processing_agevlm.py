@@ -8,35 +8,11 @@ from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ProcessorMixin
 
 from .checkpoint_code_agevlm import AUTO_MAP, CarriesItsCode
-from .chat_agevlm import template_with_images
+from .chat_agevlm import CHAT_TEMPLATE, template_with_images
 from .image_geometry_agevlm import ImageGeometry, image_geometry
 from .image_settings_agevlm import encoder_image_processor
 from .images_agevlm import load_rgb
 
-
-# Llama 3's own format; one token stands for a picture where the message has it.
-CHAT_TEMPLATE = """\
-{{- bos_token }}
-{%- for message in messages %}
-{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
-{%- if message['role'] == 'assistant' %}
-{%- generation %}
-{%- if message['content'] is string %}{{- message['content'] }}
-{%- else %}{%- for part in message['content'] %}{%- if part['type'] == 'text' %}{{- part['text'] }}{%- endif %}{%- endfor %}
-{%- endif %}
-{{- '<|eot_id|>' }}
-{%- endgeneration %}
-{%- else %}
-{%- if message['content'] is string %}{{- message['content'] }}
-{%- else %}{%- for part in message['content'] %}
-{%- if part['type'] == 'image' %}{{- '%IMAGE%' }}{%- elif part['type'] == 'text' %}{{- part['text'] }}{%- endif %}
-{%- endfor %}
-{%- endif %}
-{{- '<|eot_id|>' }}
-{%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}
-"""
 
 # Its common tests, and whoever catches its error, look for these words.
 AS_TRANSFORMERS_SAYS = "image tokens in the prompts should be the same as the number of images."
