@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from age_vlm.data.masks import encode_mask
+from age_vlm.data.plurals import plural
 from age_vlm.data.questions import MODES, NUMBER_WORDS, EvaluationItem, KindStatistics, Question, existence_negatives
 from age_vlm.data.schema import Grounding, Message, Sample, assistant_message, grounding, user_message
 
@@ -310,10 +311,6 @@ def _article(name: str) -> str:
     return "an" if name[0] in "aeiou" else "a"
 
 
-def _plural(name: str) -> str:
-    return f"{name}es" if name.endswith(("s", "x", "ch", "sh")) else f"{name}s"
-
-
 def existence_question(name: str) -> tuple[str, tuple[int, int]]:
     """The question whether a class is there, and the character span of the class in it."""
     start = f"is there {_article(name)} "
@@ -322,7 +319,7 @@ def existence_question(name: str) -> tuple[str, tuple[int, int]]:
 
 def count_question(name: str) -> tuple[str, tuple[int, int]]:
     """The question how many instances of a class there are, and the character span of its plural in it."""
-    start, noun = "how many ", _plural(name)
+    start, noun = "how many ", plural(name)
     return f"{start}{noun} are in the picture?", (len(start), len(start) + len(noun))
 
 
