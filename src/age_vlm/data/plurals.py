@@ -16,6 +16,7 @@ _IRREGULAR = {
     "passer-by": "passers-by",
     "german": "germans",
     "cattle": "cattle",
+    "i": "is",  # the letter
 }
 
 
