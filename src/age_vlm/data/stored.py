@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from .file_state import files_state
 
 
 if TYPE_CHECKING:
@@ -28,7 +29,11 @@ def load_stored(name: str, split: str = "train", argument: str = "data") -> data
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             data = datasets.load_from_disk(name)
         else:
-            data = datasets.load_dataset(name, split=split)
+            # `datasets` takes a file for unchanged as long as its time is.
+            cache = (
+                Path(datasets.config.HF_DATASETS_CACHE, f"folder-{files_state([name])}") if folder.exists() else None
+            )
+            data = datasets.load_dataset(name, split=split, cache_dir=None if cache is None else str(cache))
     except (OSError, ValueError, KeyError, TypeError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
         kind = "folder" if folder.exists() else "Hub id, and no folder here"
