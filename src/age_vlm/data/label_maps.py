@@ -75,6 +75,7 @@ class LabelMaps:
         instances: optional folder of PNGs with one instance index per pixel, 0 for none; enables counting questions.
         present, absent: a class is present in a crop from this share of its area on, and absent up to that one. Between
             the two it is neither asked about nor mentioned.
+        allow_outside: read files that are links to others outside of their folder.
 
     Raises UserError for a missing folder, no image with a label map, a file that cannot be read, a label map whose
     size is not its image's, an index that is neither a class nor ignored, or shares that are not 0 <= absent < present
@@ -91,6 +92,7 @@ class LabelMaps:
         instances: str | Path | None = None,
         present: float = 0.004,
         absent: float = 0.0002,
+        allow_outside: bool = False,
     ) -> None:
         self.classes = _class_names(classes)
         if not 0 <= absent < present <= 1:
@@ -98,9 +100,9 @@ class LabelMaps:
                 f"present and absent must be shares with 0 <= absent < present <= 1, got {present}, {absent}."
             )
         self.present, self.absent = present, absent
-        image_files = _files(images, "images")
-        label_files = _files(labels, "labels", suffix=".png")
-        instance_files = _files(instances, "instances", suffix=".png") if instances is not None else {}
+        image_files = _files(images, "images", allow_outside)
+        label_files = _files(labels, "labels", allow_outside, suffix=".png")
+        instance_files = _files(instances, "instances", allow_outside, suffix=".png") if instances is not None else {}
         names = sorted(image_files.keys() & label_files.keys())
         if not names:
             raise UserError(
@@ -225,7 +227,7 @@ def _class_names(classes: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def _files(folder: str | Path, argument: str, suffix: str | None = None) -> dict[str, Path]:
+def _files(folder: str | Path, argument: str, allow_outside: bool, suffix: str | None = None) -> dict[str, Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{argument} must be a folder, got {str(folder)!r}, which is none.")
@@ -235,6 +237,10 @@ def _files(folder: str | Path, argument: str, suffix: str | None = None) -> dict
             continue
         if path.stem in files:
             raise UserError(f"{argument} must hold one file per stem, got {files[path.stem].name} and {path.name}.")
+        if path.is_symlink() and not allow_outside and not path.resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"{argument}: got {path.name}, a link that leads out of the folder, expected files, or allow_outside=True."
+            )
         files[path.stem] = path
     return files
 
