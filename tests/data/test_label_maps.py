@@ -9,6 +9,7 @@ from PIL import Image
 
 from age_vlm.data.label_maps import (
     IGNORED,
+    Frame,
     LabelMaps,
     LabelMapsDataset,
     caption,
@@ -82,7 +83,8 @@ def test_frames_are_read_as_stored(maps):
 @given(st.integers(3, 60), st.floats(0.01, 0.6), st.floats(0.01, 0.6))
 def test_split_parts_are_ordered_and_share_nothing(n, fraction, validation):
     maps = object.__new__(LabelMaps)
-    maps.frames, maps.classes = tuple(range(n)), CLASSES
+    pixels = np.arange(n, dtype=np.uint8)[:, None, None, None].repeat(3, -1)
+    maps.frames, maps.classes = tuple(Frame(str(i), image, image[..., 0]) for i, image in enumerate(pixels)), CLASSES
     try:
         parts = maps.split(fraction, validation)
     except ValueError:

@@ -7,6 +7,7 @@ nearly every class nearly always, so samples are random crops: they make presenc
 
 from __future__ import annotations
 
+import hashlib
 import struct
 import warnings
 import zlib
@@ -38,12 +39,18 @@ _INDEX_MODES = ("1", "L", "P", "I", "I;16")
 @dataclass(frozen=True)
 class Frame:
     """One photograph: `image` (height, width, 3) uint8, `labels` (height, width) uint8 with 255 where no class counts,
-    `instances` (height, width) int32 with 0 where no instance counts, or None."""
+    `instances` (height, width) int32 with 0 where no instance counts, or None; `path` is the file of the image."""
 
     name: str
     image: np.ndarray
     labels: np.ndarray
     instances: np.ndarray | None = None
+    path: Path | None = None
+
+    @property
+    def content(self) -> bytes:
+        """Digest of the pixels."""
+        return hashlib.blake2b(self.image.tobytes() + repr(self.image.shape).encode(), digest_size=20).digest()
 
 
 @dataclass(frozen=True)
@@ -133,7 +140,8 @@ class LabelMaps:
     def split(self, fraction: float = 0.2, validation: float = 0.1) -> Splits:
         """Split by sorted name: the last `fraction` is the test part, the last `validation` of the rest for validation.
 
-        Names, not chance, because neighbouring frames of a video are near copies and would leak from part to part.
+        Names, not chance, because neighbouring frames of a video are near copies and would leak from part to part. A frame
+        that is in a later part too, under another name, leaves the earlier one, with a warning.
 
         Raises UserError when a share is not in (0, 1), or a part would be empty.
         """
@@ -143,13 +151,17 @@ class LabelMaps:
         n_test = max(1, round(len(self) * fraction))
         n_validation = max(1, round((len(self) - n_test) * validation))
         n_train = len(self) - n_test - n_validation
-        if n_train < 1:
-            raise UserError(f"a split needs a frame for each of its three parts, got {len(self)} frames.")
-        return Splits(
-            self.subset(self.frames[:n_train]),
-            self.subset(self.frames[n_train : n_train + n_validation]),
-            self.subset(self.frames[n_train + n_validation :]),
-        )
+        parts = (self.frames[:n_train], self.frames[n_train : len(self) - n_test], self.frames[len(self) - n_test :])
+        later: set[bytes] = set()
+        subsets = []
+        for part in reversed(parts if n_train > 0 else ((),)):
+            subsets.insert(0, self.subset([frame for frame in part if frame.content not in later]))
+            later |= {frame.content for frame in part}
+        if not all(map(len, subsets)):
+            raise UserError(f"a split needs a frame of its own for each of its three parts, got {len(self)} frames.")
+        if repeated := len(self) - sum(map(len, subsets)):
+            warnings.warn(f"{repeated} frames repeat held-out ones under other names, and are left out.", stacklevel=2)
+        return Splits(*subsets)
 
     def crop(
         self,
@@ -290,7 +302,7 @@ def _read_frame(
             f"expected 0 to {n_classes - 1} (one per name in classes) or an index listed in ignore."
         )
     instances = None if instance_path is None else _read_indices(instance_path, image_path, image.size)
-    return Frame(name, np.array(image), labels.astype(np.uint8), instances)
+    return Frame(name, np.array(image), labels.astype(np.uint8), instances, image_path)
 
 
 def _random_box(
