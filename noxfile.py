@@ -3,6 +3,7 @@
 Each ends in a row of the table of docs/versions.md. Where uv is installed, all environments share one copy of torch.
 """
 
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -12,7 +13,10 @@ import nox
 
 
 nox.options.default_venv_backend = "uv|virtualenv"
-nox.options.sessions = ["tests", "oldest"]
+nox.options.sessions = ["tests", "oldest", "next"]
+# Read, not imported: nox has no transformers.
+TESTED = (Path(__file__).parent / "configuration" / "versions_agevlm.py").read_text("utf-8")
+FIRST, BEYOND = re.search(r'^TESTED_TRANSFORMERS = \("(.+)", "(.+)"\)$', TESTED, re.MULTILINE).groups()
 
 NAMES = ("torch", "transformers", "huggingface-hub", "timm", "datasets", "accelerate", "peft")
 VERSIONS = f"""
@@ -23,10 +27,10 @@ print("python", platform.python_version(), *(part for name in {NAMES} for part i
 
 
 @nox.session
-@nox.parametrize("transformers", [nox.param("5.16.*", id="first"), nox.param("5.*", id="newest")])
+@nox.parametrize("transformers", [nox.param(f"=={FIRST}", id="first"), nox.param(f"<{BEYOND}", id="newest")])
 def tests(session: nox.Session, transformers: str) -> None:
-    """The first and the newest transformers that are supported, with the newest of all else."""
-    session.install("-e", ".[test]", f"transformers=={transformers}")
+    """The first and the newest transformers that are allowed, with the newest of all else."""
+    session.install("-e", ".[test]", f"transformers{transformers}")
     run_tests(session)
 
 
@@ -34,6 +38,14 @@ def tests(session: nox.Session, transformers: str) -> None:
 def oldest(session: nox.Session) -> None:
     """Every dependency at its lower bound; only uv resolves so."""
     session.install("--resolution", "lowest-direct", "-e", ".[test]")
+    run_tests(session)
+
+
+@nox.session
+def next(session: nox.Session) -> None:
+    """The newest transformers there is, allowed or not, release candidates too: what the next users will meet."""
+    session.install("-e", ".[test]")
+    session.install("--upgrade", "--pre", "--no-deps", "transformers")
     run_tests(session)
 
 

@@ -1,5 +1,6 @@
 """age-vlm: the package's metadata, and the three top-level folders that travel inside every checkpoint."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -12,16 +13,21 @@ CHECKPOINT_CODE = {
     "age_vlm.processing": "processing",
 }
 
+# The range of transformers stands where a checkpoint takes it along. Read, not imported: a build has no transformers.
+TESTED = (HERE / "configuration" / "versions_agevlm.py").read_text("utf-8")
+FIRST, BEYOND = re.search(r'^TESTED_TRANSFORMERS = \("(.+)", "(.+)"\)$', TESTED, re.MULTILINE).groups()
+
 # Upper bounds stand where a new major release may break what is used here, lower ones at the oldest release with it.
 INSTALL_REQUIRES = [
     "torch>=2.6,<3",  # first release whose SDPA and flex attention transformers 5 relies on
     "torchvision>=0.21,<1",  # goes with torch 2.6; timm and the image processors need it
-    "transformers>=5.16.1,<6",  # the cache hooks of 5.16, and of 5.16.1 `tp_plan="auto"`; a new major breaks model code
+    # From the release that calls the cache `cache`, to the next minor release: each may break a model outside of it.
+    f"transformers>={FIRST},<{BEYOND}",
     "timm>=1.0.21,<2",  # first release whose ConvNeXt can be built on the meta device
     "datasets>=4.0,<6",  # `List` features
     "accelerate>=1.10,<2",  # required by transformers.Trainer 5
-    "safetensors>=0.8,<1",  # sharded, atomic weight files; required by transformers 5.16
-    "huggingface-hub>=1.5,<3",  # required by transformers 5
+    "safetensors>=0.8,<1",  # sharded, atomic weight files; required by transformers 5.24
+    "huggingface-hub>=1.31,<3",  # required by transformers 5.24
     "peft>=0.20,<1",  # LoRA; first release whose AutoPeftModel takes `import_allowlist`, for classes outside transformers
     "pillow>=10.1,<15",  # ImageOps.exif_transpose(in_place) and modern resampling names
     "pycocotools>=2.0.8,<3",  # wheels for NumPy 2
@@ -31,8 +37,9 @@ INSTALL_REQUIRES = [
     "rich>=13,<16",  # tables on the terminal
     "pyyaml>=6,<7",  # recipes
     "numpy>=2,<3",  # masks and drawing; pyarrow's wheels, which datasets needs, are for NumPy 2
-    "tokenizers>=0.23.1,<1",  # the word-level tokenizer of models from scratch; required by transformers 5.16
+    "tokenizers>=0.23.1,<1",  # the word-level tokenizer of models from scratch; required by transformers 5.24
     "tqdm>=4.66,<5",  # progress bars
+    "packaging>=20,<27",  # versions and ranges; required by transformers
 ]
 
 EXTRAS_REQUIRE = {

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, LlamaConfig
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
@@ -19,11 +19,10 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     eager_attention_forward,
 )
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
 from ..configuration.configuration_agevlm import AgeVlmConfig
 from .cache_agevlm import NO_IMAGE, cached_images, image_cache_layer
+from .compat_agevlm import accepts_old_cache_name, capture_outputs, merge_with_config_defaults
 from .image_masks_agevlm import PlacedImages, packed_starts, places_to_slots, visible_places
 
 
@@ -34,7 +33,15 @@ class AgeVlmGate(nn.Module):
     def __init__(self, start: float):
         super().__init__()
         self.start = start
-        self.weight = nn.Parameter(torch.full((1,), float(start)))
+        self.weight = nn.Parameter(torch.full((1,), float(start), dtype=torch.float32))
+
+    def _apply(self, fn, *args, **kwargs):
+        # `.half()` and `.to(torch.bfloat16)` move it, and leave its precision: one step of training is less than bfloat16 has.
+        def in_float32(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
+
+        return super()._apply(in_float32, *args, **kwargs)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states * self.weight.tanh().to(hidden_states.dtype)
@@ -66,7 +73,7 @@ class AgeVlmCrossAttention(nn.Module):
         image_states: torch.Tensor | None,
         image_mask: torch.Tensor,
         image_positions: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """
         Args:
@@ -85,12 +92,12 @@ class AgeVlmCrossAttention(nn.Module):
             keys = self.k_proj(image_states).view(batch, image_states.shape[1], -1, self.head_dim).transpose(1, 2)
             values = self.v_proj(image_states).view(batch, image_states.shape[1], -1, self.head_dim).transpose(1, 2)
             keys = self.k_norm(keys)
-            if past_key_values is not None:
-                layer = image_cache_layer(past_key_values, self.layer_idx)
+            if cache is not None:
+                layer = image_cache_layer(cache, self.layer_idx)
                 layer.update_images(keys, values, image_positions)
                 keys, values = layer.image_keys, layer.image_values
         else:
-            layer = cached_images(past_key_values, self.layer_idx)
+            layer = cached_images(cache, self.layer_idx)
             # An offloaded cache may have left them elsewhere.
             keys, values = layer.image_keys.to(queries.device), layer.image_values.to(queries.device)
 
@@ -166,11 +173,11 @@ class AgeVlmCrossAttentionBlock(nn.Module):
         hidden_states: torch.Tensor,
         images: "VisibleImages",
         image_states: torch.Tensor | None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(batch, length, width) -> the same, and the maps (maps, heads, image tokens) of the rows named in `images`."""
         output, _, queries, keys = self.attn(
-            self.input_layernorm(hidden_states), image_states, images.mask, images.positions, past_key_values
+            self.input_layernorm(hidden_states), image_states, images.mask, images.positions, cache
         )
         # A row without a picture gets exactly nothing, whatever its masked attention returned.
         nothing = hidden_states.new_zeros(())
@@ -218,23 +225,22 @@ class AgeVlmDecoderLayer(LlamaDecoderLayer):
         hidden_states: torch.Tensor,
         image_states: torch.Tensor | None = None,
         images: VisibleImages | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         # `image_states` comes by position: reentrant gradient checkpointing tracks nothing that comes by keyword.
         maps = None
         if images is not None:
-            hidden_states, maps = self.cross_attention(hidden_states, images, image_states, past_key_values)
-        hidden_states = super().forward(hidden_states, past_key_values=past_key_values, **kwargs)
+            hidden_states, maps = self.cross_attention(hidden_states, images, image_states, cache)
+        hidden_states = super().forward(hidden_states, cache=cache, **kwargs)
         return hidden_states if maps is None else (hidden_states, maps)
 
 
 @dataclass
-class AgeVlmTextModelOutput(BaseModelOutputWithPast):
+class AgeVlmTextModelOutput(BaseModelOutputWithPastAndCrossAttentions):
     """`cross_attentions`: one (batch, heads, length, image tokens) a block, where the backend gives weights;
     `cross_attention_maps`: one (maps, heads, image tokens) a block, for the rows that were named."""
 
-    cross_attentions: tuple[torch.Tensor, ...] | None = None
     cross_attention_maps: tuple[torch.Tensor, ...] | None = None
 
 
@@ -263,6 +269,7 @@ class AgeVlmTextModel(LlamaModel):
         if isinstance(module, AgeVlmGate):
             init.constant_(module.weight, module.start)
 
+    @accepts_old_cache_name
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -270,7 +277,7 @@ class AgeVlmTextModel(LlamaModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         image_states: torch.Tensor | None = None,
@@ -283,28 +290,37 @@ class AgeVlmTextModel(LlamaModel):
             raise ValueError("input_ids, inputs_embeds: expected exactly one of the two.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        queries = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
         starts = None
-        if position_ids is None:
-            position_ids = queries[None]
-        elif attention_mask is None and past_key_values is None:
+        if position_ids is not None and attention_mask is None:
             # As transformers' own masks do: positions that restart are packed sequences.
             starts = packed_starts(position_ids, inputs_embeds.shape[0])
+        # A graph cannot ask; what is compiled for a cache is decoding.
+        asks = starts is not None and (use_cache or cache is not None) and not torch.compiler.is_compiling()
+        if asks and starts.any():
+            if cache is not None:
+                raise ValueError(
+                    "position_ids: got positions that restart, packed texts, with a cache, expected one of the two: what comes "
+                    "next in a cache sees all that is in it (rows that are padded need an attention_mask)."
+                )
+            use_cache = False
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+
+        past_length = cache.get_seq_length() if cache is not None else 0
+        queries = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
+        if cache is not None:
+            starts = None
+        if position_ids is None:
+            position_ids = queries[None]
 
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             position_ids=position_ids,
         )
-        image_states, images = self._visible_images(
-            inputs_embeds, image_states, placed_images, queries, starts, past_key_values
-        )
+        image_states, images = self._visible_images(inputs_embeds, image_states, placed_images, queries, starts, cache)
         if images is not None:
             images.rows = cross_attention_rows
 
@@ -319,7 +335,7 @@ class AgeVlmTextModel(LlamaModel):
                 attention_mask=causal_mask,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                cache=cache,
                 use_cache=use_cache,
                 **kwargs,
             )
@@ -328,15 +344,15 @@ class AgeVlmTextModel(LlamaModel):
                 maps.append(layer_maps)
         return AgeVlmTextModelOutput(
             last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values,
+            cache=cache,
             cross_attention_maps=tuple(maps) or None,
         )
 
     def _visible_images(
-        self, inputs_embeds, image_states, placed, queries, starts, past_key_values
+        self, inputs_embeds, image_states, placed, queries, starts, cache
     ) -> tuple[torch.Tensor | None, VisibleImages | None]:
         """Image tokens sorted by text row (batch, tokens, width), and what each text row sees of them."""
-        cached = cached_images(past_key_values, self.cross_attention_layers[0])
+        cached = cached_images(cache, self.cross_attention_layers[0])
         if placed is None and cached is None:
             return None, None
         new_positions = repeats = None
@@ -344,7 +360,7 @@ class AgeVlmTextModel(LlamaModel):
             visible = visible_places(cached.image_positions.to(queries.device), queries, self.image_visibility)
         else:
             tokens = image_states.shape[1]
-            if past_key_values is None:
+            if cache is None:
                 visible = visible_places(placed.positions, queries, self.image_visibility, starts)
                 if placed.slots is not None:
                     times = places_to_slots(visible, placed.slots, placed.index.shape[1])

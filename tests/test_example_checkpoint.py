@@ -7,6 +7,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from age_vlm.ask import ask, bundled_checkpoint
+from age_vlm.configuration.checkpoint_code_agevlm import checkpoint_code
 from age_vlm.data.collator import token_grid_size
 from age_vlm.data.scene_datasets import scene_items
 from age_vlm.evaluation.benchmark import answer_metrics, grounding_metrics
@@ -39,3 +40,9 @@ def test_it_answers_about_the_example_picture(checkpoint):
     picture = Image.open(bundled_checkpoint().parents[1] / "pictures" / "scene.png")
     answer = ask(*checkpoint, picture, "what colour is the cross?")
     assert answer.text and [word for word, _ in answer.words] == ["colour", "cross", answer.text]
+
+
+def test_it_carries_today_s_code():
+    for name, source in checkpoint_code().items():
+        kept = (bundled_checkpoint() / name).read_text("utf-8")
+        assert kept == source, "AgeVlmConfig.from_pretrained(folder).save_pretrained(folder) brings it up to date"

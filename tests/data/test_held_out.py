@@ -115,7 +115,7 @@ def test_frames_that_repeat_under_other_names(photographs):
     with pytest.warns(UserWarning, match="1 frames repeat held-out ones under other names"):
         split = maps.split(0.2)
     assert [[frame.name for frame in part.frames] for part in split] == [["1", "2", "3"], ["4"], ["5"]]
-    alike = maps.subset([maps.frames[0], maps.frames[5], maps.frames[0]])
+    alike = maps.subset(maps.frames.take([0, 5, 0]))
     with pytest.raises(ValueError, match="a frame of its own for each of its three parts, got 3"):
         alike.split(0.2)
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch._dynamo
-from transformers import CompileConfig, DynamicCache, QuantizedCache, StaticCache
+from transformers import CompileConfig, DynamicCache, GenerationConfig, QuantizedCache, StaticCache
 from transformers.utils import is_hqq_available
 
 from age_vlm.modeling_agevlm.cache_agevlm import ImageCacheLayerMixin
@@ -27,9 +27,7 @@ def step_by_step(model, batch, cache, steps):
     inputs, mask, logits = dict(batch), batch["attention_mask"], []
     for step in range(steps.shape[1]):
         position_ids = (mask.cumsum(-1) - 1).clamp(min=0)[:, -inputs["input_ids"].shape[1] :]
-        outputs = model(
-            **{**inputs, "attention_mask": mask}, position_ids=position_ids, past_key_values=cache, use_cache=True
-        )
+        outputs = model(**{**inputs, "attention_mask": mask}, position_ids=position_ids, cache=cache, use_cache=True)
         logits.append(outputs.logits[:, -1])
         inputs = {"input_ids": steps[:, step : step + 1]}
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
@@ -129,7 +127,7 @@ def test_reordering_moves_pictures_with_their_rows(make_model, make_batch, steps
     position_ids = mask.sum(-1, keepdim=True) - 1
     with torch.no_grad():
         # One token of `steps[:, :2]` is in the cache already.
-        got = model(steps[order, 1:2], attention_mask=mask, position_ids=position_ids, past_key_values=cache).logits
+        got = model(steps[order, 1:2], attention_mask=mask, position_ids=position_ids, cache=cache).logits
     # What each row says alone at this step, in the new order.
     expected = at_once(model, batch, steps[:, :3])[order, 2:3]
     close(got, expected)
@@ -147,7 +145,7 @@ def test_repeating_and_selecting_rows(model, make_batch, steps):
         mask = torch.cat([batch["attention_mask"], torch.ones(3, 1, dtype=torch.long)], dim=1)[rows]
         with torch.no_grad():
             got = model(
-                steps[rows, :1], attention_mask=mask, position_ids=mask.sum(-1, keepdim=True) - 1, past_key_values=cache
+                steps[rows, :1], attention_mask=mask, position_ids=mask.sum(-1, keepdim=True) - 1, cache=cache
             ).logits[:, -1]
         close(got, expected[rows])
 
@@ -159,7 +157,7 @@ def test_cropping_text_keeps_the_picture_before_it(model, make_batch, steps):
     mask = torch.cat([batch["attention_mask"], torch.ones(3, 2, dtype=torch.long)], dim=1)
     with torch.no_grad():
         got = model(
-            steps[:, 1:2], attention_mask=mask, position_ids=mask.sum(-1, keepdim=True) - 1, past_key_values=cache
+            steps[:, 1:2], attention_mask=mask, position_ids=mask.sum(-1, keepdim=True) - 1, cache=cache
         ).logits[:, -1]
     close(got, at_once(model, batch, steps[:, :3])[:, 2])
 
@@ -171,10 +169,10 @@ def test_cropping_a_picture_away_forgets_it(make_model, visibility):
     pixels = torch.randn(2, 3, 32, 32)
     cache = DynamicCache(config=model.config.text_config)
     with torch.no_grad():
-        model(ids, pixels, past_key_values=cache)
+        model(ids, pixels, cache=cache)
         cache.crop(-2)
         close(
-            model(torch.tensor([[30, 31]]), past_key_values=cache).logits,
+            model(torch.tensor([[30, 31]]), cache=cache).logits,
             model(torch.tensor([[9, IMAGE_TOKEN_ID, 20, 30, 31]]), pixels[:1]).logits[:, -2:],
         )
 
@@ -191,9 +189,9 @@ def test_a_second_picture_in_a_later_turn(make_model, kind, visibility):
     pixels = torch.randn(3, 3, 32, 32)
     cache = caches(model)[kind]
     turns = [
-        model(first, pixels[:1], past_key_values=cache).logits,
-        model(second, pixels[1:], past_key_values=cache).logits,
-        model(third, past_key_values=cache).logits,
+        model(first, pixels[:1], cache=cache).logits,
+        model(second, pixels[1:], cache=cache).logits,
+        model(third, cache=cache).logits,
     ]
     close(torch.cat(turns, dim=1), model(torch.cat([first, second, third], dim=1), pixels, use_cache=False).logits)
 
@@ -209,7 +207,7 @@ def test_a_reset_cache_is_a_new_one(model, make_batch, steps):
 
 @torch.no_grad()
 def test_cache_layers_can_be_copied_and_named(model, make_batch):
-    cache = model(**make_batch((1,)), use_cache=True).past_key_values
+    cache = model(**make_batch((1,)), use_cache=True).cache
     twin = copy.deepcopy(cache)
     for layer, other in zip(cache.layers, twin.layers):
         assert type(other) is type(layer)
@@ -312,13 +310,13 @@ def test_a_continued_chat_with_a_second_picture(model, again, how, beams):
     first = torch.tensor([[9, IMAGE_TOKEN_ID, 20, 21]])
     pixels = torch.randn(2, 3, 32, 32)
     cache = DynamicCache(config=model.config.text_config)
-    answer = model.generate(first, pixel_values=pixels[:1], past_key_values=cache, **GREEDY)
+    answer = model.generate(first, pixel_values=pixels[:1], cache=cache, **GREEDY)
     turn = torch.cat([answer, torch.tensor([[40, IMAGE_TOKEN_ID, 41]])], dim=1)
     expected = model.generate(turn, pixel_values=pixels, use_cache=False, num_beams=beams, **GREEDY)
     cache.batch_repeat_interleave(beams)
     text = {"input_ids": turn} if how == "ids" else {"inputs_embeds": model.get_input_embeddings()(turn)}
     pictures = pixels if again else pixels[1:]
-    continued = model.generate(**text, pixel_values=pictures, past_key_values=cache, num_beams=beams, **GREEDY)
+    continued = model.generate(**text, pixel_values=pictures, cache=cache, num_beams=beams, **GREEDY)
     assert torch.equal(continued[:, -NEW_TOKENS:], expected[:, -NEW_TOKENS:])
 
 
@@ -327,11 +325,9 @@ def test_speculation_in_a_continued_chat_is_one_sentence(model, make_model, sett
     if settings.pop("assistant", False):
         settings = {"assistant_model": make_model(seed=1)}
     cache = DynamicCache(config=model.config.text_config)
-    turn = model.generate(torch.tensor([[9, 20, 21]]), past_key_values=cache, **GREEDY)
-    with pytest.raises(
-        ValueError, match="past_key_values: got a cache of 10 tokens for assisted decoding, expected an empty"
-    ):
-        model.generate(turn, past_key_values=cache, **GREEDY, **settings)
+    turn = model.generate(torch.tensor([[9, 20, 21]]), cache=cache, **GREEDY)
+    with pytest.raises(ValueError, match="cache: got a cache of 10 tokens for assisted decoding, expected an empty"):
+        model.generate(turn, cache=cache, **GREEDY, **settings)
 
 
 @pytest.mark.parametrize(
@@ -354,18 +350,35 @@ def test_pictures_that_do_not_fit_the_text_are_one_sentence(model, make_batch, c
         generated(model, {**make_batch((1, 1)), **change}, num_beams=beams)
 
 
-def test_an_answer_never_holds_a_picture(make_model, make_batch):
-    model, batch = make_model(text={"tie_word_embeddings": False}), make_batch((1, 0))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"suppress_tokens": None},
+        {"suppress_tokens": [40]},
+        {"num_beams": 2},
+        {"do_sample": True, "temperature": 0.1},
+        {"prompt_lookup_num_tokens": 2},
+        {"generation_config": GenerationConfig(max_new_tokens=NEW_TOKENS, eos_token_id=5)},
+        {"cache_implementation": "static", "disable_compile": True},
+    ],
+    ids=str,
+)
+def test_an_answer_never_holds_an_image_whatever_the_settings(make_model, make_batch, settings):
+    model, batch = make_model(text={"tie_word_embeddings": False}), make_batch((1,))
     with torch.no_grad():
         hidden = model.model(**batch).last_hidden_state[0, -1]
         model.lm_head.weight[IMAGE_TOKEN_ID] = 10 * hidden
-    assert model.generation_config.suppress_tokens == [IMAGE_TOKEN_ID]
-    assert (generated(model, batch, suppress_tokens=None) == IMAGE_TOKEN_ID).any()
-    assert not (generated(model, batch) == IMAGE_TOKEN_ID).any()
+        model.lm_head.weight[40] = 9 * hidden
+        assert model(**batch).logits[0, -1].argmax() == IMAGE_TOKEN_ID
+    model.generation_config = GenerationConfig(eos_token_id=5, pad_token_id=6)
+    answer = generated(model, batch, **settings)[0]
+    assert IMAGE_TOKEN_ID not in answer
+    assert (40 in answer) == (settings.get("suppress_tokens") != [40]), "what else the settings suppress stays so"
 
 
 def test_chunked_prefill_is_refused_with_pictures_and_right_without(model, make_batch):
-    with pytest.raises(ValueError, match="prefill_chunk_size: got 4 with pictures, expected None"):
+    with pytest.raises(ValueError, match="prefill_chunk_size: got 4 with images, expected None"):
         generated(model, make_batch((1, 1)), prefill_chunk_size=4)
     batch = make_batch((0, 0))
     assert torch.equal(generated(model, batch, prefill_chunk_size=4), generated(model, batch))

@@ -250,7 +250,7 @@ def read(run: Run) -> None:
             **run.images(of_token[:, start:end][of_token[:, start:end] >= 0].tolist(), case.pictures),
             attention_mask=mask[:, :end],
             position_ids=position_ids[:, start:end],
-            past_key_values=cache,
+            cache=cache,
             use_cache=cache is not None,
         )
         logits.append(outputs.logits[order.argsort()])
@@ -283,7 +283,7 @@ def answer(run: Run, rows: list) -> None:
     if case.turns == 2:
         cache = run.new_cache()
         first = run.model.generate(
-            ids, attention_mask=mask, **run.images(given, case.pictures), past_key_values=cache, **settings
+            ids, attention_mask=mask, **run.images(given, case.pictures), cache=cache, **settings
         )
         answers = first.sequences[:, ids.shape[1] :]
         kept = check_answers(run, first, answers, said, seen)
@@ -308,15 +308,15 @@ def answer(run: Run, rows: list) -> None:
         settings |= {"assistant_model": run.make(seed=1)}
     inputs = {**run.text(ids), "attention_mask": mask, **run.images(given, case.pictures)}
     if cache is not None:
-        inputs["past_key_values"] = cache
+        inputs["cache"] = cache
     if case.chunk is not None:
         settings["prefill_chunk_size"] = case.chunk
 
     refused = None
     if case.chunk is not None and given:
-        refused = "prefill_chunk_size: got 3 with pictures"
+        refused = "prefill_chunk_size: got 3 with images"
     elif case.mode in ("prompt lookup", "assisted") and cache is not None:
-        refused = "past_key_values: got a cache of"
+        refused = "cache: got a cache of"
     if refused:
         with pytest.raises(ValueError, match=refused):
             run.model.generate(**inputs, **settings)

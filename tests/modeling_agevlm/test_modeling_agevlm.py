@@ -350,7 +350,8 @@ def test_loss_is_the_language_model_s(make_model, make_batch):
     model = make_model(cross_attention_gate_init=0.0)
     llama = language_model_of(model)
     batch = make_batch((1, 2))
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    ignored = (batch["attention_mask"] == 0) | (batch["input_ids"] == IMAGE_TOKEN_ID)
+    labels = batch["input_ids"].masked_fill(ignored, -100)
     text = {key: batch[key] for key in ("input_ids", "attention_mask")}
     for extra in ({}, {"num_items_in_batch": 5}, {"num_items_in_batch": torch.tensor(40)}):
         assert torch.equal(model(**batch, labels=labels, **extra).loss, llama(**text, labels=labels, **extra).loss)
@@ -524,6 +525,6 @@ def test_bad_input_is_one_sentence(model, make_batch, change, words):
 def test_a_cache_of_other_rows_is_one_sentence(model, make_batch, make_cache):
     cache = make_cache(model.config.text_config)
     with torch.no_grad():
-        model(**make_batch((1, 0)), past_key_values=cache)
-    with pytest.raises(ValueError, match="past_key_values: got a cache of 2 rows, expected 3"):
-        model(input_ids=torch.full((3, 1), 9), past_key_values=cache)
+        model(**make_batch((1, 0)), cache=cache)
+    with pytest.raises(ValueError, match="cache: got a cache of 2 rows, expected 3"):
+        model(input_ids=torch.full((3, 1), 9), cache=cache)

@@ -52,7 +52,7 @@ RANKS = textwrap.dedent(
         torch.save(
             {
                 "local": attention.q_proj.weight.to_local().shape,
-                "image_keys": outputs.past_key_values.layers[1].image_keys,
+                "image_keys": outputs.cache.layers[1].image_keys,
                 "logits": outputs.logits,
                 "maps": outputs.cross_attention_maps,
                 "answers": answers,
@@ -96,7 +96,7 @@ def test_two_processes_are_one_model(make_model, make_batch, tmp_path):
         alone = model(**batch, use_cache=True, cross_attention_rows=rows)
     assert first["local"] == (16, 32), "half of the rows of the query matrix"
     halves = torch.cat([first["image_keys"], second["image_keys"]], dim=1)
-    torch.testing.assert_close(halves, alone.past_key_values.layers[1].image_keys, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(halves, alone.cache.layers[1].image_keys, atol=1e-5, rtol=1e-4)
     for rank in (first, second):
         torch.testing.assert_close(rank["logits"], alone.logits, atol=1e-4, rtol=1e-4)
         for answer, choice in zip(rank["answers"], options):

@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import PIL.Image
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from ..errors import UserError
+from ..errors import UserError, reading
 from .held_out import HeldOutImages, StoredImage
+from .masks import MaskRLE, decode_mask, encode_mask
 from .mix import Mix
 from .questions import EvaluationItem, Question
 from .sample_names import sample_name
-from .schema import FEATURES, Message, Sample, message_text
+from .schema import FEATURES, Message, Sample, message_text, upright_size
 from .stored import image_outside, load_stored
 
 
@@ -59,6 +61,11 @@ class DataSource:
 
         return build_word_tokenizer(self.texts())
 
+    @property
+    def train_samples(self) -> int:
+        """How many different samples there are to train on: a mixture draws some of them again and again."""
+        return self.train.different if isinstance(self.train, Mix) else len(self.train)
+
 
 class MasksOfOthers(Dataset):
     """Every grounding with a mask of another sample: the control that has masks, but not the right ones."""
@@ -71,16 +78,41 @@ class MasksOfOthers(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         sample = self.samples[index]
-        # The next sample that has any; a control with its own masks would be none.
+        own = [grounding["mask"] for grounding in sample["groundings"]]
+        # The next sample that has any; a control with its own masks would be none, as where one picture has two samples.
         others = ((index + step) % len(self) for step in range(1, len(self)))
-        candidates = ([grounding["mask"] for grounding in self.samples[other]["groundings"]] for other in others)
-        masks = next(filter(None, candidates), None) if sample["groundings"] else None
+        candidates = (
+            [mask for item in self.samples[other]["groundings"] if _is_mask(mask := item["mask"]) and mask not in own]
+            for other in others
+        )
+        masks = next(filter(None, candidates), None) if own else None
         if masks is None:
             return {**sample, "groundings": []}
         # At random: texts name classes in the same order, and the same class lies in the same place in many photographs.
-        chosen = np.random.default_rng(index).integers(len(masks), size=len(sample["groundings"]))
-        groundings = [{**grounding, "mask": masks[number]} for grounding, number in zip(sample["groundings"], chosen)]
+        chosen = np.random.default_rng(index).integers(len(masks), size=len(own))
+        groundings = [
+            # One without a mask of its own is refused with it, as without this control.
+            {
+                **item,
+                "mask": _stretched(masks[number], sample["images"][item["image"]]) if _is_mask(item["mask"]) else None,
+            }
+            for item, number in zip(sample["groundings"], chosen)
+        ]
         return {**sample, "groundings": groundings}
+
+
+def _is_mask(mask: MaskRLE | None) -> bool:
+    return bool(mask and mask["counts"])
+
+
+def _stretched(mask: MaskRLE, image: PIL.Image.Image) -> MaskRLE:
+    """The mask at the size of that picture. It keeps a pixel at least, however small it becomes."""
+    size = upright_size(image)
+    if tuple(mask["size"]) == size[::-1]:
+        return mask
+    pixels = PIL.Image.fromarray(decode_mask(mask).astype(np.float32))
+    covered = np.asarray(pixels.resize(size, PIL.Image.Resampling.BOX))
+    return encode_mask((covered > 0) & (covered >= min(0.5, covered.max())))
 
 
 def load_sources(recipe: Recipe) -> DataSource:
@@ -132,8 +164,11 @@ def check_paths(recipe: Recipe) -> None:
         if data.kind == "label_maps":
             for key in ("images", "labels", "instances"):
                 folder = getattr(data, key)
-                if folder is not None and not Path(folder).is_dir():
-                    raise UserError(f"{name}.{key}: '{folder}' is not a folder, expected one.")
+                if folder is None:
+                    continue
+                with reading(f"{name}.{key}", folder):
+                    if not Path(folder).is_dir():
+                        raise UserError(f"{name}.{key}: '{folder}' is not a folder, expected one.")
         elif data.kind == "dataset" and not Path(data.path).is_dir() and not re.fullmatch(_HUB_NAME, data.path):
             raise UserError(f"{name}.path: '{data.path}' is not a folder, expected one, or the Hub name of a data set.")
 
@@ -158,7 +193,8 @@ def _scenes(recipe: DataRecipe, seed: int, evaluation: bool, held_out: HeldOutIm
 
 
 def _label_maps(recipe: DataRecipe, seed: int, evaluation: bool, held_out: HeldOutImages) -> DataSource:
-    from .label_maps import LabelMaps, LabelMapsDataset, class_prior, class_statistics, label_map_items, label_map_texts
+    from .label_map_items import class_prior, class_statistics, label_map_items
+    from .label_maps import LabelMaps, LabelMapsDataset, label_map_texts
 
     maps = LabelMaps(
         recipe.images,
@@ -169,11 +205,12 @@ def _label_maps(recipe: DataRecipe, seed: int, evaluation: bool, held_out: HeldO
         allow_outside=recipe.allow_outside,
     )
     split = maps.split(recipe.held_out)
-    trained = [frame for frame in split.train.frames if not held_out.hold([StoredImage.of_file(frame.path)])]
+    files = [StoredImage.of_file(image) for _, image, *_ in split.train.frames.files]
+    trained = [number for number, file in enumerate(files) if not held_out.hold([file])]
     if not trained:
         raise UserError(f"mix: all photographs of '{recipe.images}' are held out by `data`, expected one to train on.")
     _warn_of_held_out(len(split.train) - len(trained), recipe.images)
-    split = split._replace(train=maps.subset(trained))
+    split = split._replace(train=maps.subset(split.train.frames.take(trained)))
     crops = {"size": tuple(recipe.crop), "min_side": recipe.min_side}
     source = DataSource(
         train=LabelMapsDataset(split.train, length=recipe.train, seed=seed, texts=recipe.texts, **crops),
@@ -183,7 +220,7 @@ def _label_maps(recipe: DataRecipe, seed: int, evaluation: bool, held_out: HeldO
         prior=class_prior(split.train, **crops),
     )
     if evaluation:
-        source.held_out.add(StoredImage.of_file(frame.path) for part in split[1:] for frame in part.frames)
+        source.held_out.add(StoredImage.of_file(image) for part in split[1:] for _, image, *_ in part.frames.files)
         statistics = class_statistics(split.train, **crops)
         source.validation, source.test = (
             _spread(label_map_items(part, statistics, per_frame=recipe.crops_per_frame, **crops), number)

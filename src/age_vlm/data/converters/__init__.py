@@ -89,7 +89,7 @@ def convert(
             gen_kwargs={**settings, "numbers": (0,), "state": _state(name, arguments)},
         )
     except DatasetGenerationError as error:
-        if isinstance(error.__cause__, ValueError):
+        if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise
 
