@@ -1,5 +1,6 @@
 import warnings
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from age_vlm.data.byte_cache import ByteCache
+from age_vlm.data.label_frames import Frame, Frames
 from age_vlm.data.label_map_items import class_prior, class_statistics, label_map_items
 from age_vlm.data.label_maps import (
     IGNORED,
@@ -80,13 +83,17 @@ def test_frames_are_read_as_stored(maps):
 @given(st.integers(3, 60), st.floats(0.01, 0.6), st.floats(0.01, 0.6))
 def test_split_parts_are_ordered_and_share_nothing(n, fraction, validation):
     maps = object.__new__(LabelMaps)
-    maps.frames, maps.classes = tuple(range(n)), CLASSES
+    files = tuple((str(number), Path(), Path(), None) for number in range(n))
+    maps.frames, maps.classes = (
+        Frames(files, lambda name, *_: Frame(name, np.array(int(name)), None), ByteCache(0)),
+        CLASSES,
+    )
     try:
         parts = maps.split(fraction, validation)
     except ValueError:
         assert round(n * fraction) >= n - 2 or n < 6
         return
-    assert parts.train.frames + parts.validation.frames + parts.test.frames == maps.frames
+    assert parts.train.frames.files + parts.validation.frames.files + parts.test.frames.files == files
     assert all(len(part) for part in parts)
     assert abs(len(parts.test) - n * fraction) <= 1
 

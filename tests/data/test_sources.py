@@ -389,3 +389,31 @@ def png() -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(buffer, "PNG")
     return buffer.getvalue()
+
+
+@pytest.mark.parametrize("path", ["../a.png", "absolute", "http://x.org/a.png", "linked.png", "inside.png"])
+def test_images_of_a_data_set_are_inside_its_folder(tmp_path, path, monkeypatch):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (tmp_path / "a.png").write_bytes(png())
+    (folder / "inside.png").write_bytes(png())
+    (folder / "linked.png").symlink_to(tmp_path / "a.png")
+    monkeypatch.chdir(folder)  # what a path without a folder starts from
+    path = str(tmp_path / "a.png") if path == "absolute" else path
+    chat = [user_message("is it red?", images=1), assistant_message("yes")]
+    rows = [{"id": "a", "images": [{"bytes": None, "path": path}], "messages": chat, "groundings": []}] * 2
+    # `to_parquet` asks URLs for their size.
+    pyarrow.parquet.write_table(
+        datasets.Dataset.from_list(rows, features=FEATURES).data.table, folder / "train.parquet"
+    )
+    recipe = DataRecipe(kind="dataset", path=str(folder), held_out=0.0)
+    if path == "inside.png":
+        assert len(load_source(recipe, 0, evaluation=False).train) == 2
+        return
+    with pytest.raises(
+        ValueError, match="^data.path: '.*' has an image at '.*', expected images inside of it"
+    ) as caught:
+        load_source(recipe, 0)
+    assert "\n" not in str(caught.value)
+    assert len(open_dataset(str(folder), allow_outside=True)) == 2
+    assert len(load_source(dataclasses.replace(recipe, allow_outside=True), 0, evaluation=False).train) == 2

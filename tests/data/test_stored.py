@@ -1,5 +1,7 @@
 """Data sets by a name."""
 
+import os
+
 import datasets
 import pytest
 
@@ -30,3 +32,14 @@ def test_folders_without_data(tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             load_stored(str(tmp_path / name), split)
+
+
+def test_a_changed_file_with_its_old_time_is_read_again(tmp_path):
+    file = tmp_path / "data" / "train.parquet"
+    file.parent.mkdir()
+    to_dataset("train", 2).to_parquet(file)
+    state = file.stat()
+    assert load_stored(str(file.parent)).num_rows == 2
+    to_dataset("train", 3).to_parquet(file)
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert load_stored(str(file.parent)).num_rows == 3

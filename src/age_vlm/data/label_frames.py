@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -42,18 +43,39 @@ class Frames(Sequence[Frame]):
     files: tuple[tuple[str, Path, Path, Path | None], ...]
     read: Callable[..., Frame]
     cache: ByteCache[Frame]
+    _contents: dict[tuple, bytes] = field(default_factory=dict, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index):
         if isinstance(index, slice):
-            return Frames(self.files[index], self.read, self.cache)
+            return Frames(self.files[index], self.read, self.cache, self._contents)
         files = self.files[index]
         return self.cache.get(files, partial(self.read, *files))
 
+    def take(self, numbers: Sequence[int]) -> Frames:
+        """Some of the frames, with the same cache."""
+        return Frames(tuple(self.files[number] for number in numbers), self.read, self.cache, self._contents)
 
-def folder_files(folder: str | Path, argument: str, suffix: str | None = None) -> dict[str, Path]:
+    def content(self, number: int) -> bytes:
+        """Digest of the pixels of a frame, whatever its name and format."""
+        files = self.files[number]
+        if files not in self._contents:
+            image = self[number].image
+            shape = repr(image.shape).encode()
+            self._contents[files] = hashlib.blake2b(image.tobytes() + shape, digest_size=20).digest()
+        return self._contents[files]
+
+
+def folder_files(
+    folder: str | Path, argument: str, allow_outside: bool = False, suffix: str | None = None
+) -> dict[str, Path]:
+    """Stem -> file of a folder.
+
+    Raises:
+        UserError: there is no such folder, a stem is there twice, or (unless allowed) a file is a link that leads out.
+    """
     folder = Path(folder)
     with reading(argument, folder):
         if not folder.is_dir():
@@ -65,6 +87,10 @@ def folder_files(folder: str | Path, argument: str, suffix: str | None = None) -
             continue
         if path.stem in files:
             raise UserError(f"{argument} must hold one file per stem, got {files[path.stem].name} and {path.name}.")
+        if path.is_symlink() and not allow_outside and not path.resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"{argument}: got {path.name}, a link that leads out of the folder, expected files, or allow_outside=True."
+            )
         files[path.stem] = path
     return files
 

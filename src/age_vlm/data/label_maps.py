@@ -24,6 +24,7 @@ from ..errors import UserError
 from .byte_cache import MIB, ByteCache
 from .label_frames import IGNORED, Frame, Frames, folder_files, index_table, read_frame
 from .masks import encode_mask
+from .plurals import plural
 from .questions import NUMBER_WORDS
 from .schema import Grounding, Message, Sample, assistant_message, grounding, user_message
 
@@ -63,6 +64,7 @@ class LabelMaps:
         present, absent: a class is present in a crop from this share of its area on, and absent up to that one. Between
             the two it is neither asked about nor mentioned.
         cache_bytes: decoded frames are kept in memory up to this, in each process, and decoded again beyond it.
+        allow_outside: read files that are links to others outside of their folder.
 
     Raises UserError for a missing folder, no image with a label map, a file that cannot be read, a label map whose
     size is not its image's, an index that is neither a class nor ignored, or shares that are not 0 <= absent < present
@@ -80,6 +82,7 @@ class LabelMaps:
         present: float = 0.004,
         absent: float = 0.0002,
         cache_bytes: int = 512 * MIB,
+        allow_outside: bool = False,
     ) -> None:
         self.classes = _class_names(classes)
         if not 0 <= absent < present <= 1:
@@ -87,9 +90,9 @@ class LabelMaps:
                 f"present and absent must be shares with 0 <= absent < present <= 1, got {present}, {absent}."
             )
         self.present, self.absent = present, absent
-        image_files = folder_files(images, "images")
-        label_files = folder_files(labels, "labels", suffix=".png")
-        instance_files = folder_files(instances, "instances", suffix=".png") if instances is not None else {}
+        image_files = folder_files(images, "images", allow_outside)
+        label_files = folder_files(labels, "labels", allow_outside, suffix=".png")
+        instance_files = {} if instances is None else folder_files(instances, "instances", allow_outside, suffix=".png")
         names = sorted(image_files.keys() & label_files.keys())
         if not names:
             raise UserError(
@@ -105,9 +108,9 @@ class LabelMaps:
         table = index_table(len(self.classes), ignore)
         files = tuple((name, image_files[name], label_files[name], instance_files.get(name)) for name in names)
         read = partial(read_frame, table=table, n_classes=len(self.classes))
-        self.frames: Sequence[Frame] = Frames(files, read, ByteCache(cache_bytes))
-        for _ in tqdm(self.frames, desc="reading label maps", unit="image", leave=False, delay=2):
-            pass  # what cannot be read is said now, not in the middle of a training
+        self.frames = Frames(files, read, ByteCache(cache_bytes))
+        for number in tqdm(range(len(files)), desc="reading label maps", unit="image", leave=False, delay=2):
+            self.frames.content(number)  # what cannot be read is said now, not in the middle of a training
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -121,7 +124,8 @@ class LabelMaps:
     def split(self, fraction: float = 0.2, validation: float = 0.1) -> Splits:
         """Split by sorted name: the last `fraction` is the test part, the last `validation` of the rest for validation.
 
-        Names, not chance, because neighbouring frames of a video are near copies and would leak from part to part.
+        Names, not chance, because neighbouring frames of a video are near copies and would leak from part to part. A frame
+        that is in a later part too, under another name, leaves the earlier one, with a warning.
 
         Raises UserError when a share is not in (0, 1), or a part would be empty.
         """
@@ -130,14 +134,18 @@ class LabelMaps:
                 raise UserError(f"{name} must lie between 0 and 1, got {share}.")
         n_test = max(1, round(len(self) * fraction))
         n_validation = max(1, round((len(self) - n_test) * validation))
-        n_train = len(self) - n_test - n_validation
-        if n_train < 1:
-            raise UserError(f"a split needs a frame for each of its three parts, got {len(self)} frames.")
-        return Splits(
-            self.subset(self.frames[:n_train]),
-            self.subset(self.frames[n_train : n_train + n_validation]),
-            self.subset(self.frames[n_train + n_validation :]),
-        )
+        n_train = max(0, len(self) - n_test - n_validation)
+        later: set[bytes] = set()
+        parts: list[list[int]] = []
+        for part in (range(len(self) - n_test, len(self)), range(n_train, len(self) - n_test), range(n_train)):
+            contents = {number: self.frames.content(number) for number in part}
+            parts.insert(0, [number for number in part if contents[number] not in later])
+            later.update(contents.values())
+        if not all(parts):
+            raise UserError(f"a split needs a frame of its own for each of its three parts, got {len(self)} frames.")
+        if repeated := len(self) - sum(map(len, parts)):
+            warnings.warn(f"{repeated} frames repeat held-out ones under other names, and are left out.", stacklevel=2)
+        return Splits(*(self.subset(self.frames.take(part)) for part in parts))
 
     def crop(
         self,
@@ -239,10 +247,6 @@ def _article(name: str) -> str:
     return "an" if name[0] in "aeiou" else "a"
 
 
-def _plural(name: str) -> str:
-    return f"{name}es" if name.endswith(("s", "x", "ch", "sh")) else f"{name}s"
-
-
 def existence_question(name: str) -> tuple[str, tuple[int, int]]:
     """The question whether a class is there, and the character span of the class in it."""
     start = f"is there {_article(name)} "
@@ -251,7 +255,7 @@ def existence_question(name: str) -> tuple[str, tuple[int, int]]:
 
 def count_question(name: str) -> tuple[str, tuple[int, int]]:
     """The question how many instances of a class there are, and the character span of its plural in it."""
-    start, noun = "how many ", _plural(name)
+    start, noun = "how many ", plural(name)
     return f"{start}{noun} are in the picture?", (len(start), len(start) + len(noun))
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .masks import MaskRLE, encode_mask
+from .plurals import plural
 from .questions import MODES, NUMBER_WORDS, Question, existence_negatives
 from .scenes import QUESTIONS, SIZES, TEXT, Kind, Scene, SceneConfig, beside, generator, pick, training_frequency
 from .schema import Grounding, Message, Sample, assistant_message, grounding, user_message
@@ -43,10 +44,6 @@ def _fill(template: str, *words: str) -> tuple[str, list[tuple[int, int]]]:
         spans.append((len(text), len(text) + len(word)))
         text += word + piece
     return text, spans
-
-
-def _plural(shape: str) -> str:
-    return f"{shape}es" if shape.endswith("s") else f"{shape}s"
 
 
 def _affinity(scene: Scene, config: SceneConfig) -> dict[Kind, float]:
@@ -88,7 +85,7 @@ def _caption_turn(scene: Scene, rng: np.random.Generator) -> _Turn:
 
 
 def _count_turn(scene: Scene, template: str, config: SceneConfig, rng: np.random.Generator) -> _Turn:
-    groups = [(_plural(shape), [o.mask for o in scene.objects if o.shape == shape]) for shape in config.shapes]
+    groups = [(plural(shape), [o.mask for o in scene.objects if o.shape == shape]) for shape in config.shapes]
     groups += [(f"{name} objects", [o.mask for o in scene.objects if o.colour == name]) for name in config.colours]
     # The answer is chosen first, so that 'zero' is no better a guess than the others a scene allows.
     answer = pick(sorted({len(masks) for _, masks in groups}), rng)
@@ -217,7 +214,7 @@ def scene_questions(scene: Scene, config: SceneConfig | None = None) -> tuple[Qu
 def scene_texts(config: SceneConfig | None = None) -> Iterator[str]:
     """Texts that together hold every word scenes of this config can say: what a closed vocabulary is built from."""
     config = config or SceneConfig()
-    shapes, objects = [*config.shapes, *map(_plural, config.shapes)], [f"{colour} objects" for colour in config.colours]
+    shapes, objects = [*config.shapes, *map(plural, config.shapes)], [f"{colour} objects" for colour in config.colours]
     yield from _CAPTION_PROMPTS
     yield from (_fill(template, "")[0] for template in (*_EXISTENCE, *_COUNT, *_COLOUR))
     yield from (_fill(template, "", side, "")[0] for template in _RELATION for side in _SIDES)

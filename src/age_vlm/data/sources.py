@@ -6,7 +6,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, pairwise
 from pathlib import Path
@@ -18,12 +18,13 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from ..errors import UserError, reading
+from .held_out import HeldOutImages, StoredImage
 from .masks import MaskRLE, decode_mask, encode_mask
 from .mix import Mix
 from .questions import EvaluationItem, Question
 from .sample_names import sample_name
 from .schema import FEATURES, Message, Sample, message_text, upright_size
-from .stored import load_stored
+from .stored import image_outside, load_stored
 
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class DataSource:
         tokenizer: made from these words, for a language model that starts from scratch.
         pictures: `{"image", "label"}` and the number of labels, to warm a vision encoder up, where the data has such.
         prior: class -> share of the training pictures that show it, where a text-only guess could use it.
+        held_out: the images behind `validation` and `test`, where they are files that other data may have too.
     """
 
     train: Dataset
@@ -50,6 +52,7 @@ class DataSource:
     texts: Callable[[], Iterable[str]]
     pictures: tuple[Dataset, int] | None = None
     prior: dict[str, float] | None = None
+    held_out: HeldOutImages = field(default_factory=HeldOutImages)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -119,7 +122,7 @@ def load_sources(recipe: Recipe) -> DataSource:
         return source
     # Seeds far apart: parts that are drawn shall not be the same pictures.
     others = [
-        load_source(part, recipe.seed + 1_000_003 * number, evaluation=False)
+        load_source(part, recipe.seed + 1_000_003 * number, evaluation=False, held_out=source.held_out)
         for number, part in enumerate(recipe.mix, start=1)
     ]
     sources, training = [source, *others], recipe.training
@@ -133,13 +136,23 @@ def load_sources(recipe: Recipe) -> DataSource:
     return replace(source, train=mix, texts=lambda: chain.from_iterable(part.texts() for part in sources))
 
 
-def load_source(recipe: DataRecipe, seed: int, *, evaluation: bool = True) -> DataSource:
+def load_source(
+    recipe: DataRecipe, seed: int, *, evaluation: bool = True, held_out: HeldOutImages | None = None
+) -> DataSource:
     """Builds the data that a recipe names. `seed` chooses training samples; evaluation pictures do not depend on it.
+
+    No image is in two of training, validation and test, under whatever name: what is held out leaves training.
+
+    Args:
+        evaluation: whether there are pictures to evaluate on.
+        held_out: images of other data that are not to be trained on either.
 
     Raises:
         UserError: one sentence, for data that is not there or not as it should be.
     """
-    source = {"scenes": _scenes, "label_maps": _label_maps, "dataset": _dataset}[recipe.kind](recipe, seed, evaluation)
+    source = {"scenes": _scenes, "label_maps": _label_maps, "dataset": _dataset}[recipe.kind](
+        recipe, seed, evaluation, held_out or HeldOutImages()
+    )
     if recipe.masks == "other":
         source.train = MasksOfOthers(source.train)
     return source
@@ -163,7 +176,7 @@ def check_paths(recipe: Recipe) -> None:
 _HUB_NAME = r"[\w-][\w.-]*/[\w-][\w.-]*"
 
 
-def _scenes(recipe: DataRecipe, seed: int, evaluation: bool) -> DataSource:
+def _scenes(recipe: DataRecipe, seed: int, evaluation: bool, held_out: HeldOutImages) -> DataSource:
     from .scene_datasets import IconsDataset, ScenesDataset, scene_items
     from .scene_questions import scene_texts
     from .scenes import SceneConfig
@@ -179,12 +192,25 @@ def _scenes(recipe: DataRecipe, seed: int, evaluation: bool) -> DataSource:
     )
 
 
-def _label_maps(recipe: DataRecipe, seed: int, evaluation: bool) -> DataSource:
+def _label_maps(recipe: DataRecipe, seed: int, evaluation: bool, held_out: HeldOutImages) -> DataSource:
     from .label_map_items import class_prior, class_statistics, label_map_items
     from .label_maps import LabelMaps, LabelMapsDataset, label_map_texts
 
-    maps = LabelMaps(recipe.images, recipe.labels, recipe.classes, ignore=recipe.ignore, instances=recipe.instances)
+    maps = LabelMaps(
+        recipe.images,
+        recipe.labels,
+        recipe.classes,
+        ignore=recipe.ignore,
+        instances=recipe.instances,
+        allow_outside=recipe.allow_outside,
+    )
     split = maps.split(recipe.held_out)
+    files = [StoredImage.of_file(image) for _, image, *_ in split.train.frames.files]
+    trained = [number for number, file in enumerate(files) if not held_out.hold([file])]
+    if not trained:
+        raise UserError(f"mix: all photographs of '{recipe.images}' are held out by `data`, expected one to train on.")
+    _warn_of_held_out(len(split.train) - len(trained), recipe.images)
+    split = split._replace(train=maps.subset(split.train.frames.take(trained)))
     crops = {"size": tuple(recipe.crop), "min_side": recipe.min_side}
     source = DataSource(
         train=LabelMapsDataset(split.train, length=recipe.train, seed=seed, texts=recipe.texts, **crops),
@@ -194,6 +220,7 @@ def _label_maps(recipe: DataRecipe, seed: int, evaluation: bool) -> DataSource:
         prior=class_prior(split.train, **crops),
     )
     if evaluation:
+        source.held_out.add(StoredImage.of_file(image) for part in split[1:] for _, image, *_ in part.frames.files)
         statistics = class_statistics(split.train, **crops)
         source.validation, source.test = (
             _spread(label_map_items(part, statistics, per_frame=recipe.crops_per_frame, **crops), number)
@@ -202,23 +229,34 @@ def _label_maps(recipe: DataRecipe, seed: int, evaluation: bool) -> DataSource:
     return source
 
 
-def _dataset(recipe: DataRecipe, seed: int, evaluation: bool) -> DataSource:
-    samples = open_dataset(recipe.path, recipe.split)
-    held_out = round(len(samples) * recipe.held_out)
-    kept = len(samples) - held_out
-    if kept < 1:
-        raise UserError(f"data.path: '{recipe.path}' has {len(samples)} samples, expected one to train on at least.")
+def _dataset(recipe: DataRecipe, seed: int, evaluation: bool, held_out: HeldOutImages) -> DataSource:
+    samples = open_dataset(recipe.path, recipe.split, allow_outside=recipe.allow_outside)
+    kept = len(samples) - round(len(samples) * recipe.held_out)
+    middle = (kept + len(samples)) // 2
+    own = HeldOutImages()
+    validation: Sequence[int] = range(kept, middle)
+    if evaluation:
+        own.add_samples(samples, range(middle, len(samples)))
+        validation = own.others(samples, validation)
+        own.add_samples(samples, validation)
+    train = held_out.others(samples, own.others(samples, range(kept)))
+    if not train:
+        raise UserError(
+            f"data.path: '{recipe.path}' has {len(samples)} samples, expected one to train on at least whose images are "
+            "not held out."
+        )
+    _warn_of_held_out(kept - len(train), recipe.path)
     source = DataSource(
-        train=samples.select(range(kept)),
+        train=samples.select(range(kept) if len(train) == kept else train),
         validation=[],
         test=[],
         texts=lambda: (
             message_text(message) for row in samples.select_columns("messages") for message in row["messages"]
         ),
+        held_out=own,
     )
     if evaluation:
-        middle = kept + held_out // 2
-        source.validation = yes_no_items(samples, range(kept, middle), recipe.validation)
+        source.validation = yes_no_items(samples, validation, recipe.validation)
         source.test = yes_no_items(samples, range(middle, len(samples)), recipe.test)
         if not source.test:
             warnings.warn(
@@ -229,11 +267,21 @@ def _dataset(recipe: DataRecipe, seed: int, evaluation: bool) -> DataSource:
     return source
 
 
-def open_dataset(path: str, split: str = "train") -> datasets.Dataset:
+def _warn_of_held_out(number: int, name: str) -> None:
+    if number:
+        warnings.warn(
+            f"{number} samples of '{name}' show images that are held out, and are not trained on.", stacklevel=4
+        )
+
+
+def open_dataset(path: str, split: str = "train", *, allow_outside: bool = False) -> datasets.Dataset:
     """A data set of the schema, see `load_stored`.
 
+    Args:
+        allow_outside: open images that are stored as paths or URLs that lead out of the data set's folder.
+
     Raises:
-        UserError: one sentence, where there is none, or one without the columns of the schema.
+        UserError: one sentence, where there is none, one without the columns of the schema, or with images elsewhere.
     """
     samples = load_stored(path, split, "data.path")
     missing = [column for column in FEATURES if column not in samples.column_names]
@@ -248,6 +296,11 @@ def open_dataset(path: str, split: str = "train") -> datasets.Dataset:
     if samples.features["images"] != FEATURES["images"]:
         # Written by other tools, pictures are bytes without a type.
         samples = samples.cast_column("images", FEATURES["images"])
+    if not allow_outside and (outside := image_outside(samples, path)) is not None:
+        raise UserError(
+            f"data.path: '{path}' has an image at '{outside}', expected images inside of it (`save_to_disk` puts them "
+            "there), or data.allow_outside: true."
+        )
     return samples
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from .file_state import files_state
 
 
 if TYPE_CHECKING:
@@ -28,7 +30,11 @@ def load_stored(name: str, split: str = "train", argument: str = "data") -> data
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             data = datasets.load_from_disk(name)
         else:
-            data = datasets.load_dataset(name, split=split)
+            # `datasets` takes a file for unchanged as long as its time is.
+            cache = (
+                Path(datasets.config.HF_DATASETS_CACHE, f"folder-{files_state([name])}") if folder.exists() else None
+            )
+            data = datasets.load_dataset(name, split=split, cache_dir=None if cache is None else str(cache))
     except (OSError, ValueError, KeyError, TypeError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
         kind = "folder" if folder.exists() else "Hub id, and no folder here"
@@ -38,3 +44,25 @@ def load_stored(name: str, split: str = "train", argument: str = "data") -> data
             raise UserError(f"split: got '{split}', expected one that '{name}' has: {', '.join(data)}.")
         data = data[split]
     return data
+
+
+def image_outside(samples: datasets.Dataset, name: str) -> str | None:
+    """The first image that is stored as a path or URL which leads out of the folder that the data set was loaded from.
+
+    Images of a data set on the Hub may lie where its files are kept on this machine.
+    """
+    import datasets
+    import pyarrow.compute as pc
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folders = [name] if Path(name).exists() else [datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE]
+    inside = [os.path.realpath(folder) for folder in folders]
+    for batch in samples.select_columns(["images"]).with_format("arrow").iter(batch_size=1000):
+        images = pc.list_flatten(batch["images"])
+        for path in pc.struct_field(images.filter(pc.is_null(pc.struct_field(images, "bytes"))), "path").to_pylist():
+            if path is None:
+                continue
+            real = Path(os.path.realpath(path))
+            if "://" in path or not any(real.is_relative_to(folder) for folder in inside):
+                return path
+    return None

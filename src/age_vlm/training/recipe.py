@@ -88,6 +88,7 @@ class DataRecipe:
     held_out: float = 0.2
     crops_per_frame: int = 8
     masks: str = "own"
+    allow_outside: bool = False
 
     def __post_init__(self):
         if self.kind not in TEXTS:

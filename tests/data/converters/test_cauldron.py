@@ -82,3 +82,18 @@ def test_broken_rows_are_left_out_and_counted(tmp_path, pictures, check):
         "nobody answers": 1,
         "record is malformed (TypeError)": 1,
     }
+
+
+def test_what_is_half_understood_is_never_a_chat_without_its_picture(pictures):
+    good = [{"user": "what?", "assistant": "a dog"}]
+    for row, reason in (
+        ({"image": pictures[0], "texts": good}, "media under a key that is not read: image"),
+        ({"images": pictures[0], "texts": good}, "images are no list"),
+        ({"images": [], "videos": ["a.mp4"], "texts": good}, "media under a key that is not read: videos"),
+        ({"images": [], "texts": [good[0] | {"image": "a.jpg"}]}, "media under a key that is not read: image"),
+        ({"images": [], "texts": [{"user": "what?", "assistant": "<image>"}]}, "text marks a picture or other media"),
+        ({"images": pictures, "texts": [{"user": "<image> what?", "assistant": "a"}]}, "places for images"),
+    ):
+        left_out = LeftOut()
+        assert list(cauldron(Dataset.from_list([row]), left_out=left_out)) == []
+        assert left_out.total == 1 and next(iter(left_out.counts)).startswith(reason)

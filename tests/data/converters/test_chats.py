@@ -1,7 +1,7 @@
 import pytest
 from PIL import Image
 
-from age_vlm.data.converters.chats import chat, line, statements
+from age_vlm.data.converters.chats import chat, line, require_only, statements
 from age_vlm.data.left_out import Unusable
 from age_vlm.data.schema import message_text, validate_sample
 
@@ -35,11 +35,11 @@ def test_several_pictures_stay_where_they_are():
 
 
 def test_a_system_message_stays_and_an_answer_without_question_goes():
-    turns = [("system", "be brief"), ("assistant", "to what?"), ("user", "a?"), ("assistant", "the tag is <image>")]
+    turns = [("system", "be brief"), ("assistant", "to what?"), ("user", "a?"), ("assistant", "the tag is <b>")]
     assert outline(chat(turns, 0)) == [
         ("system", ["be brief"]),
         ("user", ["a?"]),
-        ("assistant", ["the tag is <image>"]),
+        ("assistant", ["the tag is <b>"]),
     ]
 
 
@@ -57,6 +57,8 @@ def test_a_system_message_stays_and_an_answer_without_question_goes():
         ([], 0, "nobody answers"),
         ([("user", "<image><image>a?"), ("assistant", "a")], 1, "not as many"),
         ([("user", "<image>a?"), ("assistant", "a")], 0, "not as many"),
+        ([("user", "<image>a?"), ("assistant", "a")], 2, "not as many"),
+        ([("assistant", "<image>"), ("user", "a?"), ("assistant", "a")], 1, "where none belongs"),
     ],
 )
 def test_what_is_no_chat_is_unusable(turns, pictures, reason):
@@ -86,3 +88,34 @@ def test_a_line_is_text_without_needless_blanks():
     for text, reason in ((" \n", "empty"), (7, "missing"), (None, "missing")):
         with pytest.raises(Unusable, match=reason):
             line(text)
+
+
+@pytest.mark.parametrize(
+    "marker", ["<image>", "<video>", "<audio>", "<|image|>", "<|image_pad|>", "<image_1>", "<image 2>", "<ImageHere>"]
+)
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+def test_a_marker_that_was_not_understood_is_unusable(marker, role):
+    turns = [("system", "be brief"), ("user", "what?"), ("assistant", "a dog")]
+    turns = [(name, f"{text} {marker}" if name == role else text) for name, text in turns]
+    understood = marker == "<image>" and role == "user"
+    if understood:
+        chat(turns, 1)
+    else:
+        for pictures in (0, 1):
+            with pytest.raises(Unusable, match="marks a picture or other media where none belongs"):
+                chat(turns, pictures)
+    with pytest.raises(Unusable, match="marks a picture"):
+        line(f"a dog {marker}")
+    assert line("an <imaginary> dog, <b>bold</b>, [img.png]")
+
+
+@pytest.mark.parametrize("expected", ["image", "images"])
+def test_media_under_other_keys_are_unusable(expected):
+    other = {"image": "images", "images": "image"}[expected]
+    good = {"id": 1, "image_id": 7, "image_size": [3, 4], "video_id": "x", expected: "a.jpg", "source": "photo"}
+    require_only(good | {"image_url": "http://x", "video": None, other: []}, expected)
+    for key in (other, "video", "audio", "videos", "Video_Path", "sound"):
+        with pytest.raises(Unusable, match=f"^media under a key that is not read: {key}$"):
+            require_only(good | {key: "a"}, expected)
+    with pytest.raises(Unusable, match="image_path"):
+        require_only({"image_path": "a.jpg", expected: None}, expected)

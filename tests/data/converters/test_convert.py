@@ -1,8 +1,10 @@
 import json
+import os
 import pickle
 import warnings
 
 import numpy as np
+import PIL.Image
 import pytest
 from datasets import Dataset, Features, Image, IterableDataset, Value
 from torch.utils.data import DataLoader
@@ -226,3 +228,63 @@ def test_a_stream_trains(tmp_path, coco_files, make_model, processor):
     trainer.train()
     assert all(entry["alignment_loss"] > 0 for entry in trainer.state.log_history if "lm_loss" in entry)
     assert sum("lm_loss" in entry for entry in trainer.state.log_history) == 2
+
+
+def rewritten(path, content):
+    """The same time as before, as after copying with times or within the clock's resolution."""
+    state = path.stat()
+    path.write_bytes(content)
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+def test_a_file_rewritten_in_place_is_seen(tmp_path, llava_files):
+    arguments = {"cache_dir": tmp_path / "cache", **llava_files}
+    first = convert("llava", **arguments)
+    images = llava_files["images"]
+    # The time of a folder says nothing of what is in its files.
+    rewritten(images / "1.jpg", b"no picture")
+    with pytest.warns(UserWarning, match="image cannot be read: 1"):
+        assert len(convert("llava", **arguments)) == len(first) - 1
+    rewritten(images / "1.jpg", (images / "2.jpg").read_bytes())
+    assert len(convert("llava", **arguments)) == len(first)
+
+
+def test_segments_that_nobody_named_are_seen(tmp_path, photograph):
+    size = {"width": 40, "height": 30}
+    photograph(tmp_path / "images/1.jpg", **size)
+    picture = {"id": 1, "file_name": "1.jpg", **size}
+    captions = {"images": [picture], "annotations": [{"id": 1, "image_id": 1, "caption": "a dog"}]}
+    segments = [{"id": 7, "category_id": 1}]
+    panoptic = {
+        "images": [picture],
+        "annotations": [{"image_id": 1, "file_name": "1.png", "segments_info": segments}],
+        "categories": [{"id": 1, "name": "dog"}],
+    }
+    for name, content in (("captions", captions), ("panoptic", panoptic)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    (tmp_path / "panoptic").mkdir()
+    arguments = {name: tmp_path / f"{name}.json" for name in ("captions", "panoptic")}
+    arguments |= {"images": tmp_path / "images", "cache_dir": tmp_path / "cache"}
+
+    def write_segments(columns):
+        colors = np.zeros((30, 40, 3), np.uint8)
+        colors[:, :columns, 0] = 7
+        PIL.Image.fromarray(colors).save(tmp_path / "panoptic/1.png")
+
+    for columns in (10, 20):
+        write_segments(columns)
+        (item,) = convert("coco", **arguments)[0]["groundings"]
+        assert decode_mask(item["mask"]).sum() == 30 * columns
+
+
+def test_files_outside_are_converted_each_time(tmp_path, llava_files):
+    outside = tmp_path / "outside.jpg"
+    (llava_files["images"] / "0.jpg").rename(outside)
+    llava_files["conversations"].write_text(json.dumps([record(0) | {"image": "../outside.jpg"}]))
+    arguments = {"cache_dir": tmp_path / "cache", **llava_files}
+    with pytest.raises(ValueError, match="nothing could be used, 1 left out; image lies outside of its folder"):
+        convert("llava", **arguments)
+    assert len(convert("llava", allow_outside=True, **arguments)) == 1
+    outside.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="image cannot be read"):
+        convert("llava", allow_outside=True, **arguments)

@@ -138,3 +138,27 @@ def test_missing_files_are_named(tmp_path, images):
     left_out = LeftOut()
     assert not list(llava(tmp_path / "chat.json", left_out=left_out))
     assert left_out.counts == {"image is a path, and no folder of images was given": 1}
+
+
+def test_what_is_half_understood_is_never_a_chat_without_its_picture(tmp_path, images):
+    turns = [human("what?"), gpt("a dog")]
+    broken = [
+        {"id": "1", "images": ["a.png"], "conversations": turns},
+        {"id": "2", "video": "a.mp4", "conversations": turns},
+        {"id": "3", "image": "a.png", "audio": "a.wav", "conversations": turns},
+        {"id": "4", "conversations": [human("what?") | {"image": "a.png"}, gpt("a dog")]},
+        {"id": "5", "image": ["a.png", "b.png"], "conversations": [human("<image> what?"), gpt("a dog")]},
+        {"id": "6", "conversations": [human("<image> what?"), gpt("a dog")]},
+        {"id": "7", "image": "a.png", "conversations": [human("what?"), gpt("<image> a dog")]},
+        {"id": "8", "conversations": [human("<video>\nwhat?"), gpt("a dog")]},
+    ]
+    left_out = LeftOut()
+    assert list(llava(write(tmp_path / "chat.json", broken), images, left_out=left_out)) == []
+    assert left_out.counts == {
+        "media under a key that is not read: images": 1,
+        "media under a key that is not read: video": 1,
+        "media under a key that is not read: audio": 1,
+        "media under a key that is not read: image": 1,
+        "places for images (<image>) are not as many as the images": 2,
+        "text marks a picture or other media where none belongs": 2,
+    }

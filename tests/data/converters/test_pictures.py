@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from age_vlm.data.converters.pictures import find_picture, open_picture, require_size, stored_picture
+from age_vlm.data.converters.pictures import ImageFolder, open_named, open_picture, require_size, stored_picture
 from age_vlm.data.left_out import Unusable
 
 
@@ -58,9 +58,67 @@ def test_a_damaged_picture_opens_or_is_unusable(format, data):
 
 def test_the_first_name_that_is_there_is_found(tmp_path):
     (tmp_path / "b.jpg").touch()
-    assert find_picture(tmp_path, ["a.jpg", "b.jpg"]) == tmp_path / "b.jpg"
-    with pytest.raises(Unusable, match="image file is missing"):
-        find_picture(tmp_path, ["a.jpg"])
+    folder = ImageFolder(tmp_path, "images")
+    assert folder.find(["a.jpg", "b.jpg"]) == tmp_path / "b.jpg"
+    for name in ("a.jpg", "", "\0", "x" * 5000):
+        with pytest.raises(Unusable, match="image file is missing"):
+            folder.find([name])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Files inside and outside of `images`, and links from it to each."""
+    for name in ("images/in/a.jpg", "outside/b.jpg", "images-too/c.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(encoded())
+    for name, target in (("link.jpg", "outside/b.jpg"), ("linked", "outside"), ("in.jpg", "images/in/a.jpg")):
+        (tmp_path / "images" / name).symlink_to(tmp_path / target)
+    (tmp_path / "images/loop").symlink_to(tmp_path / "images/loop")
+    (tmp_path / "alias").symlink_to(tmp_path / "images")
+    return tmp_path / "images"
+
+
+@pytest.mark.parametrize("name", ["in/a.jpg", "./in/a.jpg", "in/../in/a.jpg", "in.jpg"])
+def test_what_lies_inside_is_found(folder, name):
+    for given_folder in (folder, folder.parent / "alias"):
+        assert open_picture(ImageFolder(given_folder, "images").find([name])).size == (24, 16)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../outside/b.jpg", "../images-too/c.jpg", "link.jpg", "linked/b.jpg", "in/../../outside/b.jpg", "absolute"],
+)
+def test_what_lies_outside_is_refused_unless_allowed(folder, name):
+    name = str(folder / "in/a.jpg") if name == "absolute" else name
+    with pytest.raises(Unusable, match="outside of its folder"):
+        ImageFolder(folder, "images").find([name])
+    # Nor is another one taken in its place.
+    with pytest.raises(Unusable, match="outside of its folder"):
+        ImageFolder(folder, "images").find([name, "in/a.jpg"])
+    assert ImageFolder(folder, "images", allow_outside=True).find([name]).is_file()
+
+
+@pytest.mark.parametrize(
+    "name", ["http://x/a.jpg", "HTTPS://x/a.jpg", "data:image/png;base64,xx", "file:///a.jpg", "s3://a/b"]
+)
+@pytest.mark.parametrize("allow_outside", [False, True])
+def test_urls_are_refused(folder, name, allow_outside):
+    with pytest.raises(Unusable, match="image is a URL"):
+        ImageFolder(folder, "images", allow_outside).find([name])
+
+
+def test_a_picture_of_a_record_is_in_the_folder_or_in_the_record(folder):
+    inside = ImageFolder(folder, "images")
+    for source in ("in/a.jpg", {"path": "in/a.jpg"}, {"bytes": encoded(), "path": "/nowhere/x.jpg"}):
+        assert open_named(source, inside).size == (24, 16)
+    for source in ("../outside/b.jpg", {"path": str(folder.parent / "outside/b.jpg"), "bytes": None}):
+        with pytest.raises(Unusable, match="outside"):
+            open_named(source, inside)
+        with pytest.raises(Unusable, match="no folder of images was given"):
+            open_named(source, None)
+    for source in (None, {}, {"path": None}, 7, ["in/a.jpg"]):
+        with pytest.raises(Unusable):
+            open_named(source, inside)
 
 
 def test_sizes_are_those_of_the_upright_picture():

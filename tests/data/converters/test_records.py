@@ -84,19 +84,59 @@ def test_a_coco_file_keeps_what_is_wanted_and_counts_what_is_broken(tmp_path):
             {
                 "info": {"year": 2017},
                 "annotations": annotations,
-                "images": [{"id": 5}, {}],
+                "images": [{"id": 5}, {"id": 6}, {}],
                 "categories": [{"id": 1, "name": "dog"}],
             }
         )
     )
     left_out = LeftOut()
-    file = read_coco(path, "file", left_out, wanted={5})
-    assert file.pictures == {5: {"id": 5}} and file.categories == {1: "dog"}
-    assert dict(file.annotations) == {5: [annotations[0]]}
+    file = read_coco(path, "file", left_out, wanted={"5"})
+    assert dict(file.images.items()) == {"5": {"id": "5"}, "6": {"id": "6"}}
+    assert dict(file.categories.items()) == {"1": "dog"}
+    assert file.annotations.keys() == {"5"} and file.annotations_of("5") == [{"id": "1", "image_id": "5"}]
+    assert file.annotations_of("6") == []
     assert left_out.counts == {
         "record lacks 'image_id'": 1,
         "record is malformed (TypeError)": 1,
         "record lacks 'id'": 1,
+    }
+
+
+def test_identifiers_of_a_coco_file_are_matched_or_counted(tmp_path):
+    path = tmp_path / "a.json"
+    parts = {
+        "annotations": [
+            {"id": 1, "image_id": "5"},
+            {"id": "2", "image_id": 5.0},
+            {"id": 1, "image_id": 5},
+            {"id": 1, "image_id": 6},
+            {"id": 3, "image_id": 7},
+            {"image_id": 5, "caption": "a"},
+            {"image_id": 5, "caption": "b"},
+            {"id": 4, "image_id": 8, "caption": "a"},
+            {"id": "4", "image_id": 8, "caption": "b"},
+            {"image_id": 9, "segments_info": [1]},
+            {"image_id": 9, "segments_info": [2]},
+            {"id": 5, "image_id": True},
+        ],
+        "images": [{"id": 5}, {"id": "6"}, {"id": 8}, {"id": 9}, {"id": 9}, {"id": 10, "a": 1}, {"id": "10"}],
+        "categories": [{"id": 1, "name": "dog"}, {"id": "1", "name": "cat"}, {"id": 2, "name": "bird"}],
+    }
+    path.write_text(json.dumps(parts))
+    left_out = LeftOut()
+    file = read_coco(path, "file", left_out)
+    assert [image for image, _ in file.images.items()] == ["5", "6", "8", "9"]
+    assert dict(file.categories.items()) == {"2": "bird"}
+    assert len(file.annotations_of("5")) == 4 and len(file.annotations_of("6")) == 1
+    assert file.annotations_of("8") == [] == file.annotations_of("9")
+    assert left_out.counts == {
+        "image of an annotation is unknown": 1,
+        "annotation identifier stands for different records": 4,
+        "identifier is neither a whole number nor a text": 1,
+        "image repeats": 1,
+        "annotation repeats": 1,
+        "image identifier stands for different records": 2,
+        "category identifier stands for different records": 2,
     }
 
 

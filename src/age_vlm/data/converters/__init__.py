@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import inspect
-import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from datasets import Dataset, IterableDataset
 from datasets.exceptions import DatasetGenerationError
 
 from ...errors import UserError
+from ..file_state import files_state
 from ..left_out import LeftOut
 from ..schema import FEATURES, Sample
 from .cauldron import cauldron
-from .coco import coco
+from .coco import coco, segments_beside
 from .flickr30k_entities import flickr30k_entities
 from .label_maps import label_maps
 from .llava import llava
@@ -52,7 +54,8 @@ def convert(
         name: a key of `CONVERTERS`; `arguments` are those of its converter.
         streaming: make samples as they are asked for, anew in each pass, and keep nothing. Otherwise they are made once
             and kept in the cache of `datasets`: text and masks, and the paths of pictures that are files. Files that
-            have not changed since are not converted again.
+            have not changed since are not converted again; with `allow_outside`, all are. Of a data set on the Hub only
+            the name counts.
         shards: parts of a stream, for as many workers of a data loader. Each reads the annotations of its own part.
         cache_dir: where the cache is, if not where `datasets` has it.
 
@@ -83,7 +86,7 @@ def convert(
             _stored_samples,
             features=FEATURES,
             cache_dir=None if cache_dir is None else str(cache_dir),
-            gen_kwargs={**settings, "numbers": (0,), "state": _state(arguments)},
+            gen_kwargs={**settings, "numbers": (0,), "state": _state(name, arguments)},
         )
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
@@ -92,7 +95,7 @@ def convert(
 
 
 def _stored_samples(
-    name: str, arguments: dict[str, Any], shards: int, numbers: Sequence[int], state: tuple = ()
+    name: str, arguments: dict[str, Any], shards: int, numbers: Sequence[int], state: str = ""
 ) -> Iterator[dict[str, Any]]:
     """`state` only tells the cache of `datasets` apart what is made of files before and after a change."""
     left_out, made = LeftOut(), 0
@@ -105,11 +108,19 @@ def _stored_samples(
     left_out.warn(name)
 
 
-def _state(arguments: dict[str, Any]) -> tuple:
+def _state(name: str, arguments: dict[str, Any]) -> str:
+    """Changes with any file that the converter reads."""
     from age_vlm import __version__
 
-    paths = [Path(value).resolve() for value in arguments.values() if isinstance(value, (str, Path))]
-    # A folder's own time says what was added to it and removed, not what was in a folder inside it.
-    inside = [Path(folder) for path in paths for folder, *_ in os.walk(path)]
-    states = [(str(path), path.stat()) for path in dict.fromkeys(paths + inside) if path.exists()]
-    return (__version__, *((path, state.st_mtime_ns, state.st_size) for path, state in states))
+    if arguments.get("allow_outside"):
+        # Which files these are only their records say.
+        return uuid4().hex
+    parameters = inspect.signature(CONVERTERS[name]).parameters
+    paths = {
+        key: Path(value)
+        for key, value in arguments.items()
+        if isinstance(value, (str, Path)) and re.search("Path|Table", str(parameters[key].annotation))
+    }
+    if name == "coco" and "panoptic" in paths and "segments" not in paths:
+        paths["segments"] = segments_beside(paths["panoptic"])
+    return f"{__version__} {files_state(paths.values())}"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ..left_out import LeftOut, reported
+from ..left_out import LeftOut, Unusable, reported
 from ..schema import Sample
-from .chats import chat
-from .pictures import open_picture
+from .chats import chat, require_only
+from .pictures import ImageFolder, open_named
 from .records import Table, read_table
 
 
@@ -17,6 +17,7 @@ def cauldron(
     subset: str | None = None,
     split: str = "train",
     *,
+    allow_outside: bool = False,
     part: tuple[int, int] = (0, 1),
     left_out: LeftOut | None = None,
 ) -> Iterator[Sample]:
@@ -25,18 +26,25 @@ def cauldron(
     Args:
         data: its name on the Hub, a folder or file of parquet, or a loaded data set.
         subset, split: of a data set on the Hub.
+        allow_outside: open pictures that the table does not hold, but names by a path on this machine.
 
     Source: https://huggingface.co/datasets/HuggingFaceM4/the_cauldron and .../FineVision
     """
+    folder = ImageFolder(".", "data", allow_outside) if allow_outside else None
     with reported(left_out, "cauldron") as left_out:
         for number, row in enumerate(read_table(data, "data", part, subset, split)):
             name = f"{subset or 'cauldron'}/{split}/{part[0]}.{number}"
-            if (sample := left_out.attempt(name, _sample, name, row)) is not None:
+            if (sample := left_out.attempt(name, _sample, name, row, folder)) is not None:
                 yield sample
 
 
-def _sample(name: str, row: dict[str, Any]) -> Sample:
+def _sample(name: str, row: dict[str, Any], folder: ImageFolder | None) -> Sample:
     turns = [turn for text in row["texts"] for turn in (("user", text["user"]), ("assistant", text["assistant"]))]
+    require_only(row, "images")
+    for text in row["texts"]:
+        require_only(text, None)
     files = row.get("images") or []
+    if not isinstance(files, list):
+        raise Unusable("images are no list")
     messages = chat(turns, len(files))
-    return {"id": name, "images": [open_picture(file) for file in files], "messages": messages, "groundings": []}
+    return {"id": name, "images": [open_named(file, folder) for file in files], "messages": messages, "groundings": []}

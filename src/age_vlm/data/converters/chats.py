@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -15,6 +16,16 @@ from ..schema import ROLES, Message, Sample, assistant_message, grounding, user_
 PLACE = "<image>"
 REGION_REQUEST = "describe one thing in the picture."
 
+# Formats mark media in many ways; a text with a mark that was not understood would be trained on as it is.
+_MARKER = re.compile(
+    r"<\|?(image|img|picture|video|vision|audio|speech|sound)s?([ _-]?(\d+|pad|placeholder|here|(soft_?)?token|start|end))?\|?>"
+    r"|\[IMG\]",
+    re.IGNORECASE,
+)
+_MEDIA = re.compile(
+    r"(image|img|picture|photo|video|audio|sound|speech|frame)s?(_?(path|file|file_?name|url|byte)s?)?", re.IGNORECASE
+)
+
 Phrase = tuple[int, int, MaskRLE | None, Sequence[float] | None]
 """Start and end of a phrase in its text, its mask, its box."""
 
@@ -23,13 +34,28 @@ def line(text: Any) -> str:
     """A text as one line, without blanks at its ends or two in a row.
 
     Raises:
-        Unusable: it is no text, or nothing is left of it.
+        Unusable: it is no text, nothing is left of it, or it marks a picture.
     """
     if not isinstance(text, str):
         raise Unusable("text is missing")
     if not (text := " ".join(text.split())):
         raise Unusable("text is empty")
+    _require_no_marker(text)
     return text
+
+
+def require_only(record: Mapping[str, Any], media: str | None) -> None:
+    """Refuse a record with pictures, sounds or videos under another key than `media`: it would be half understood.
+
+    Raises:
+        Unusable: it has.
+    """
+    for key, value in record.items():
+        if key == media or not value or not (match := _MEDIA.fullmatch(str(key))):
+            continue
+        # Beside the picture itself, "image_url" only says where it is from.
+        if not (match[2] and media and record.get(media) and match[1].lower() in ("image", "img", "picture", "photo")):
+            raise Unusable(f"media under a key that is not read: {key}")
 
 
 def chat(turns: Sequence[tuple[str, Any]], pictures: int) -> list[Message]:
@@ -40,13 +66,15 @@ def chat(turns: Sequence[tuple[str, Any]], pictures: int) -> list[Message]:
     they are.
 
     Raises:
-        Unusable: a text is missing or empty, roles are unknown or do not alternate, nobody answers, or the places are
-            not as many as the pictures.
+        Unusable: a text is missing or empty, roles are unknown or do not alternate, nobody answers, the places are not
+            as many as the pictures, or a text marks a picture elsewhere or in another way.
     """
     if any(role not in ROLES for role, _ in turns):
         raise Unusable("role is unknown")
     if not all(isinstance(text, str) for _, text in turns):
         raise Unusable("text is missing")
+    for role, text in turns:
+        _require_no_marker(text.replace(PLACE, "") if role == "user" else text)
     messages: list[Message] = [{"role": role, "content": [_text(text)]} for role, text in turns[:1] if role == "system"]
     turns = list(turns[len(messages) :])
     # Logs of chats, such as ShareGPT's, may be cut so that they begin with an answer: to a question nobody knows.
@@ -83,6 +111,11 @@ def statements(name: str, picture: Image.Image, request: str, said: Iterable[tup
     if not messages:
         raise Unusable("no text is left of it")
     return {"id": name, "images": [picture], "messages": messages, "groundings": groundings}
+
+
+def _require_no_marker(text: str) -> None:
+    if _MARKER.search(text):
+        raise Unusable("text marks a picture or other media where none belongs")
 
 
 def _text(text: str) -> dict[str, str]:

@@ -18,9 +18,10 @@ from ..masks import MaskRLE, encode_mask
 from ..schema import Sample
 from .chats import Phrase, line, statements
 from .geometry import EMPTY, segmentation_mask, union
+from .index import Index, identity
 from .mentions import Vocabulary
-from .pictures import find_picture, open_picture, require_size
-from .records import CocoFile, existing_file, existing_folder, part_of, read_coco
+from .pictures import ImageFolder, open_picture, require_size
+from .records import CocoFile, existing_file, part_of, read_coco
 from .refcoco import picture_names
 
 
@@ -89,6 +90,7 @@ def coco(
     *,
     request: str = CAPTION_REQUEST,
     per_picture: int | None = None,
+    allow_outside: bool = False,
     part: tuple[int, int] = (0, 1),
     left_out: LeftOut | None = None,
 ) -> Iterator[Sample]:
@@ -104,32 +106,42 @@ def coco(
         panoptic: `panoptic_train2017.json`: masks of everything, used for what `instances` has no category for.
         segments: its folder of PNGs; beside the file and named like it, unless told.
         per_picture: at most so many captions of a picture, the first.
+        allow_outside: see `ImageFolder`.
 
     Source: https://cocodataset.org/#format-data
     """
-    folder = existing_folder(images, "images")
+    folder = ImageFolder(images, "images", allow_outside)
+    pngs = None
     if panoptic is not None:
-        beside = existing_file(panoptic, "panoptic").with_suffix("")
-        segments = existing_folder(beside if segments is None else segments, "segments")
+        beside = segments_beside(existing_file(panoptic, "panoptic"))
+        pngs = ImageFolder(beside if segments is None else segments, "segments", allow_outside)
     with reported(left_out, "coco") as left_out:
         texts = read_coco(captions, "captions", left_out)
-        chosen = dict(part_of(texts.pictures.items(), part))
-        empty = CocoFile({}, {}, {})
+        chosen = dict(part_of(texts.images.items(), part))
+        empty = CocoFile.empty(left_out)
         things = empty if instances is None else read_coco(instances, "instances", left_out, chosen)
         stuff = empty if panoptic is None else read_coco(panoptic, "panoptic", left_out, chosen)
-        categories = (*things.categories.values(), *stuff.categories.values())
-        vocabulary = Vocabulary({**{name: category_words(name) for name in categories}, "": COMPOUNDS})
+        known = {name for _, name in things.categories.items()}
+        categories = known | {name for _, name in stuff.categories.items()}
+        vocabulary = Vocabulary({**{name: category_words(name) for name in sorted(categories)}, "": COMPOUNDS})
         for number, picture in chosen.items():
             if number not in texts.annotations:
+                left_out.add("image has no captions", number)
                 continue
             masks_of = (
                 partial(_thing_masks, things, number, left_out),
-                partial(_stuff_masks, stuff, number, segments, set(things.categories.values()), left_out),
+                partial(_stuff_masks, stuff, number, pngs, known, left_out),
             )
-            said = islice(texts.annotations[number], per_picture)
-            arguments = number, picture, said, masks_of, vocabulary, folder, request, left_out
+            said = islice(texts.annotations_of(number), per_picture)
+            others = [file.images.get for file in (things, stuff) if number in file.images]
+            arguments = number, picture, others, said, masks_of, vocabulary, folder, request, left_out
             if (sample := left_out.attempt(number, _sample, *arguments)) is not None:
                 yield sample
+
+
+def segments_beside(panoptic: Path) -> Path:
+    """Where the PNGs of a panoptic file are, unless told."""
+    return panoptic.with_suffix("")
 
 
 def category_words(category: str) -> list[str]:
@@ -146,16 +158,20 @@ def segment_ids(colors: np.ndarray) -> np.ndarray:
 
 
 def _sample(
-    number: Any,
+    number: str,
     picture: dict[str, Any],
+    others: list[Callable[[str], dict[str, Any]]],
     captions: Iterator[dict[str, Any]],
     masks_of: tuple[Callable[[tuple[int, int]], dict[str, list[MaskRLE]]], ...],
     vocabulary: Vocabulary,
-    folder: Path,
+    folder: ImageFolder,
     request: str,
     left_out: LeftOut,
 ) -> Sample:
-    image = open_picture(find_picture(folder, picture_names(picture["file_name"])))
+    names = {picture_names(found["file_name"])[-1] for found in (picture, *(find(number) for find in others))}
+    if len(names) > 1:
+        raise Unusable("files name different images for one identifier")
+    image = open_picture(folder.find(picture_names(picture["file_name"])))
     size = picture["width"], picture["height"]
     require_size(image, *size)
 
@@ -177,9 +193,9 @@ def _sample(
     return statements(f"coco/{number}", image, request, (caption for caption in each if caption is not None))
 
 
-def _thing_masks(things: CocoFile, number: Any, left_out: LeftOut, size: tuple[int, int]) -> dict[str, list[MaskRLE]]:
+def _thing_masks(things: CocoFile, number: str, left_out: LeftOut, size: tuple[int, int]) -> dict[str, list[MaskRLE]]:
     masks = defaultdict(list)
-    for annotation in things.annotations.get(number, ()):
+    for annotation in things.annotations_of(number):
         record = f"annotation {annotation.get('id')}"
         mask = left_out.attempt(record, lambda item: segmentation_mask(item["segmentation"], *size), annotation)
         name = left_out.attempt(record, _category, things, annotation)
@@ -189,12 +205,13 @@ def _thing_masks(things: CocoFile, number: Any, left_out: LeftOut, size: tuple[i
 
 
 def _stuff_masks(
-    stuff: CocoFile, number: Any, folder: Path, known: set[str], left_out: LeftOut, size: tuple[int, int]
+    stuff: CocoFile, number: str, folder: ImageFolder | None, known: set[str], left_out: LeftOut, size: tuple[int, int]
 ) -> dict[str, list[MaskRLE]]:
     masks = defaultdict(list)
-    for annotation in stuff.annotations.get(number, ()):
-        ids = left_out.attempt(f"panoptic {number}", _read_segments, folder, annotation, size)
-        for segment in annotation.get("segments_info", ()) if ids is not None else ():
+    for annotation in stuff.annotations_of(number):
+        read = left_out.attempt(f"panoptic {number}", _read_segments, folder, annotation, size, left_out)
+        ids, segments = (None, ()) if read is None else read
+        for segment in segments:
             record = f"segment {segment.get('id')} of {number}"
             name = left_out.attempt(record, _category, stuff, segment)
             if name is None or name in known:
@@ -206,20 +223,23 @@ def _stuff_masks(
 
 
 def _category(file: CocoFile, annotation: dict[str, Any]) -> str:
-    number = annotation["category_id"]
-    if number not in file.categories:
-        raise Unusable("category is unknown")
-    return file.categories[number]
+    return file.categories.get(annotation["category_id"])
 
 
-def _read_segments(folder: Path, annotation: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
-    png = open_picture(find_picture(folder, [annotation["file_name"]]))
+def _read_segments(
+    folder: ImageFolder, annotation: dict[str, Any], size: tuple[int, int], left_out: LeftOut
+) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """The segment id of every pixel, and what is said of each segment."""
+    segments: Index[dict[str, Any]] = Index("segment", left_out)
+    for segment in annotation["segments_info"]:
+        segments.add(segment["id"], segment)
+    png = open_picture(folder.find([annotation["file_name"]]))
     require_size(png, *size)
-    return segment_ids(np.asarray(png.convert("RGB")))
+    return segment_ids(np.asarray(png.convert("RGB"))), [segment for _, segment in segments.items()]
 
 
 def _segment_mask(ids: np.ndarray, segment: dict[str, Any]) -> MaskRLE:
-    mask = ids == segment["id"]
+    mask = ids == int(identity(segment["id"]))
     if not mask.any():
         raise Unusable(EMPTY)
     return encode_mask(mask)

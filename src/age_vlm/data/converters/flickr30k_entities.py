@@ -14,8 +14,9 @@ from ..left_out import LeftOut, Unusable, reported
 from ..schema import Sample, upright_size
 from .chats import Phrase, line, statements
 from .geometry import clipped_box
-from .pictures import find_picture, open_picture, require_size
-from .records import existing_file, existing_folder, part_of
+from .index import Index, identity
+from .pictures import ImageFolder, open_picture, require_size
+from .records import existing_file, part_of
 
 
 _PHRASE = re.compile(r"\[/EN#(\d+)/\S+ ([^\]]*)\]")
@@ -31,6 +32,7 @@ def flickr30k_entities(
     *,
     request: str = CAPTION_REQUEST,
     per_picture: int | None = None,
+    allow_outside: bool = False,
     part: tuple[int, int] = (0, 1),
     left_out: LeftOut | None = None,
 ) -> Iterator[Sample]:
@@ -43,21 +45,26 @@ def flickr30k_entities(
         sentences, annotations: the folders `Sentences` (`<image id>.txt`) and `Annotations` (`<image id>.xml`).
         ids: a file with an image id a line, such as `train.txt`; all unless told.
         per_picture: at most so many captions of a picture, the first.
+        allow_outside: see `ImageFolder`; for the three folders.
 
     Source: https://github.com/BryanPlummer/flickr30k_entities
     """
-    folder, sentences = existing_folder(images, "images"), existing_folder(sentences, "sentences")
-    annotations = existing_folder(annotations, "annotations")
+    folder = ImageFolder(images, "images", allow_outside)
+    texts = ImageFolder(sentences, "sentences", allow_outside)
+    boxes = ImageFolder(annotations, "annotations", allow_outside)
     if ids is None:
-        names = sorted(path.stem for path in sentences.glob("*.txt"))
+        names = sorted(path.stem for path in texts.path.glob("*.txt"))
     else:
         names = existing_file(ids, "ids").read_text("utf-8").split()
     with reported(left_out, "flickr30k_entities") as left_out:
-        for name in part_of(names, part):
-            captions = left_out.attempt(name, _captions, sentences / f"{name}.txt")
+        index: Index[None] = Index("image", left_out)
+        for name in names:
+            index.add(name, None)
+        for name, _ in part_of(index.items(), part):
+            captions = left_out.attempt(name, _captions, texts, name)
             if captions is None:
                 continue
-            arguments = name, folder, captions, annotations / f"{name}.xml", request, per_picture, left_out
+            arguments = name, folder, captions, boxes, request, per_picture, left_out
             if (sample := left_out.attempt(name, _sample, *arguments)) is not None:
                 yield sample
 
@@ -80,29 +87,26 @@ def caption_phrases(caption: str) -> tuple[str, list[tuple[int, int, str]]]:
     return text, [phrase for phrase in phrases if phrase[0] < phrase[1]]
 
 
-def _captions(path: Path) -> list[str]:
-    try:
-        return path.read_text("utf-8").splitlines()
-    except OSError:
-        raise Unusable("file of sentences is missing") from None
+def _captions(folder: ImageFolder, name: str) -> list[str]:
+    return folder.find([f"{name}.txt"], "file of sentences").read_text("utf-8").splitlines()
 
 
 def _sample(
     name: str,
-    folder: Path,
+    folder: ImageFolder,
     captions: list[str],
-    annotations: Path,
+    annotations: ImageFolder,
     request: str,
     per_picture: int | None,
     left_out: LeftOut,
 ) -> Sample:
-    picture = open_picture(find_picture(folder, (f"{name}.jpg",)))
+    picture = open_picture(folder.find([f"{name}.jpg"]))
     try:
-        root = ElementTree.parse(annotations).getroot()
-    except OSError:
-        raise Unusable("file of annotations is missing") from None
+        root = ElementTree.parse(annotations.find([f"{name}.xml"], "file of annotations")).getroot()
     except ElementTree.ParseError:
         raise Unusable("file of annotations is not XML") from None
+    if Path(root.findtext("filename", name)).stem != name:
+        raise Unusable("file of annotations is of another image")
     if (size := root.find("size")) is not None:
         require_size(picture, int(size.findtext("width")), int(size.findtext("height")))
     boxes: dict[str, list[list[float]]] = defaultdict(list)
@@ -111,8 +115,8 @@ def _sample(
         if (corners := item.find("bndbox")) is None:
             continue
         box = left_out.attempt(f"box of {name}", _box, corners, upright_size(picture))
-        for chain in item.iter("name") if box is not None else ():
-            boxes[chain.text].append(box)
+        for chain in {identity(chain.text) for chain in item.iter("name")} if box is not None else ():
+            boxes[chain].append(box)
     said = (left_out.attempt(f"caption of {name}", _said, caption, boxes) for caption in captions)
     usable = (caption for caption in said if caption is not None)
     return statements(f"flickr30k/{name}", picture, request, islice(usable, per_picture))

@@ -24,6 +24,7 @@ def label_maps(
     min_side: float = 0.45,
     augment: bool = True,
     questions: int | Literal["all"] = "all",
+    allow_outside: bool = False,
     part: tuple[int, int] = (0, 1),
     left_out: LeftOut | None = None,
 ) -> Iterator[Sample]:
@@ -36,7 +37,7 @@ def label_maps(
 
     The decoded photographs stay in memory, unlike those of the other converters.
     """
-    maps = LabelMaps(images, labels, classes, ignore, instances=instances)
+    maps = LabelMaps(images, labels, classes, ignore, instances=instances, allow_outside=allow_outside)
     crops = LabelMapsDataset(
         maps,
         length=len(maps) if length is None else length,

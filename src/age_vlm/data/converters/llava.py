@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..left_out import LeftOut, Unusable, reported
+from ..left_out import LeftOut, reported
 from ..schema import Sample
-from .chats import chat
-from .pictures import open_picture
-from .records import Table, existing_folder, part_of, read_json, read_table
+from .chats import chat, require_only
+from .pictures import ImageFolder, open_named
+from .records import Table, part_of, read_json, read_table
 
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -22,6 +22,7 @@ def llava(
     subset: str | None = None,
     split: str = "train",
     *,
+    allow_outside: bool = False,
     part: tuple[int, int] = (0, 1),
     left_out: LeftOut | None = None,
 ) -> Iterator[Sample]:
@@ -31,10 +32,13 @@ def llava(
         conversations: a `.json` or `.jsonl` file of `{"id", "image", "conversations": [{"from", "value"}]}`, or a table
             with these columns as `read_table` takes it, its pictures inside; `subset` and `split` are of the latter.
         images: the folder that the paths in `image` start from.
+        allow_outside: see `ImageFolder`; without `images`, paths start from the working directory.
 
     Source: https://github.com/haotian-liu/LLaVA/blob/main/docs/Data.md
     """
-    folder = None if images is None else existing_folder(images, "images")
+    if images is None and allow_outside:
+        images = "."
+    folder = None if images is None else ImageFolder(images, "images", allow_outside)
     if isinstance(conversations, (str, Path)) and Path(conversations).suffix in (".json", ".jsonl"):
         records = part_of((record for _, record in read_json(conversations, "conversations")), part)
     else:
@@ -46,13 +50,14 @@ def llava(
                 yield sample
 
 
-def _sample(name: str, record: dict[str, Any], folder: Path | None) -> Sample:
+def _sample(name: str, record: dict[str, Any], folder: ImageFolder | None) -> Sample:
     turns = [(_ROLES.get(turn["from"], turn["from"]), turn["value"]) for turn in record["conversations"]]
+    require_only(record, "image")
+    for turn in record["conversations"]:
+        require_only(turn, None)
     shown = record.get("image")
     files = shown if isinstance(shown, list) else [] if shown is None else [shown]
     messages = chat(turns, len(files))
-    if folder is None and any(isinstance(file, str) for file in files):
-        raise Unusable("image is a path, and no folder of images was given")
-    pictures = [open_picture(folder / file if isinstance(file, str) else file) for file in files]
+    pictures = [open_named(file, folder) for file in files]
     # Ids repeat within these files, where one picture has several conversations.
     return {"id": f"{record.get('id', 'llava')}/{name}", "images": pictures, "messages": messages, "groundings": []}

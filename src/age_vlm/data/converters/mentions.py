@@ -6,42 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
-
-_IRREGULAR = {
-    "person": "people",
-    "man": "men",
-    "woman": "women",
-    "child": "children",
-    "mouse": "mice",
-    "goose": "geese",
-    "foot": "feet",
-    "tooth": "teeth",
-    "knife": "knives",
-    "shelf": "shelves",
-    "leaf": "leaves",
-    "loaf": "loaves",
-    "calf": "calves",
-    "wolf": "wolves",
-    "sheep": "sheep",
-    "fish": "fish",
-}
-
-
-def plural(name: str) -> str:
-    """The plural of an English noun, of its last word: "wine glass" -> "wine glasses"."""
-    start = re.split(r"(?<=[ -])", name)
-    last = start.pop()
-    if last in _IRREGULAR:
-        last = _IRREGULAR[last]
-    elif re.search(r"(s|x|z|ch|sh)$", last):
-        last += "es"
-    elif re.search(r"[^aeiou]y$", last):
-        last = f"{last[:-1]}ies"
-    elif re.search(r"[a-z]{2}(man|woman)$", last):
-        last = f"{last[:-2]}en"
-    else:
-        last += "s"
-    return "".join((*start, last))
+from ..plurals import plural
 
 
 class Vocabulary:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from io import BytesIO
 from pathlib import Path
@@ -12,6 +13,52 @@ from PIL import Image
 
 from ..left_out import Unusable
 from ..schema import upright_size
+from .records import existing_folder
+
+
+OUTSIDE = "image lies outside of its folder, which needs allow_outside"
+URL = re.compile(r"[a-z][a-z0-9+.-]*://|(?:data|file|https?):", re.IGNORECASE)
+"""How what is no path of a file begins."""
+
+
+class ImageFolder:
+    """A folder of files that records name.
+
+    Args:
+        folder, argument: the folder, and which argument it came as.
+        allow_outside: open what a record names, also where it lies outside of the folder: by an absolute path, by `..`,
+            or through a symbolic link.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+
+    def __init__(self, folder: str | Path, argument: str, allow_outside: bool = False) -> None:
+        self.path, self.allow_outside = existing_folder(folder, argument), allow_outside
+
+    def find(self, names: Iterable[str], what: str = "image file") -> Path:
+        """The first of these files that is there.
+
+        Raises:
+            Unusable: none is, or one is asked for that lies outside of the folder or is a URL.
+        """
+        for name in names:
+            # Unlike `Path.is_file`, false for what cannot be a name at all.
+            if os.path.isfile(self._inside(name)):
+                return self.path / name
+        raise Unusable(f"{what} is missing")
+
+    def _inside(self, name: str) -> Path:
+        if not isinstance(name, str):
+            raise Unusable("name of an image is no text")
+        if URL.match(name):
+            raise Unusable("image is a URL")
+        path = self.path / name
+        if self.allow_outside or "\0" in name:
+            return path
+        if os.path.isabs(name) or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.path)):
+            raise Unusable(OUTSIDE)
+        return path
 
 
 def open_picture(source: str | Path | Mapping[str, Any]) -> Image.Image:
@@ -47,17 +94,19 @@ def stored_picture(picture: Image.Image) -> Image.Image | dict[str, Any]:
     return {"path": picture.filename, "bytes": None} if getattr(picture, "filename", "") else picture
 
 
-def find_picture(folder: Path, names: Iterable[str]) -> Path:
-    """The first of these files of the folder that is there.
+def open_named(source: Any, folder: ImageFolder | None) -> Image.Image:
+    """A picture as a record has it: the name of a file in `folder`, or `{"bytes", "path"}`, of which the bytes count.
 
     Raises:
-        Unusable: none is.
+        Unusable: as `ImageFolder.find` and `open_picture`, or it is a name and there is no folder.
     """
-    for name in names:
-        # Unlike `Path.is_file`, false for what cannot be a name at all.
-        if os.path.isfile(folder / name):
-            return folder / name
-    raise Unusable("image file is missing")
+    is_table = isinstance(source, Mapping)
+    name = source.get("path") if is_table and source.get("bytes") is None else source
+    if not isinstance(name, str) or (is_table and not name):
+        return open_picture(source)
+    if folder is None:
+        raise Unusable("image is a path, and no folder of images was given")
+    return open_picture(folder.find([name]))
 
 
 def require_size(picture: Image.Image, width: int, height: int) -> None:

@@ -14,6 +14,7 @@ import datasets
 
 from ...errors import UserError
 from ..left_out import LeftOut, Unusable
+from .index import Index, identity
 
 
 _CHUNK = 1 << 20  # characters
@@ -25,11 +26,24 @@ Table = str | Path | datasets.Dataset | datasets.IterableDataset
 
 
 class CocoFile(NamedTuple):
-    """The parts of a file in the format of COCO: image id -> image, image id -> annotations, category id -> name."""
+    """The parts of a file in the format of COCO: images, annotations of each image, names of categories.
 
-    pictures: dict[Any, dict[str, Any]]
-    annotations: dict[Any, list[dict[str, Any]]]
-    categories: dict[Any, str]
+    The keys of `annotations` are an image's `identity`. An image has at most one panoptic annotation, which has no
+    identifier of its own.
+    """
+
+    images: Index[dict[str, Any]]
+    annotations: dict[str, Index[dict[str, Any]]]
+    categories: Index[str]
+
+    @classmethod
+    def empty(cls, left_out: LeftOut) -> CocoFile:
+        """A file without any."""
+        return cls(Index("image", left_out), {}, Index("category", left_out))
+
+    def annotations_of(self, image: str) -> list[dict[str, Any]]:
+        """All annotations of an image, by its `identity`, that can be used."""
+        return [item for _, item in self.annotations[image].items()] if image in self.annotations else []
 
 
 def existing_folder(folder: str | Path, argument: str) -> Path:
@@ -79,22 +93,36 @@ def read_json(file: str | Path, argument: str) -> Iterator[tuple[str | None, Any
             raise UserError(f"{argument} must be a whole JSON file, got {str(path)!r}: {error}.") from None
 
 
-def read_coco(file: str | Path, argument: str, left_out: LeftOut, wanted: Container[Any] | None = None) -> CocoFile:
-    """A file in the format of COCO, with the annotations of all pictures or of those whose ids are wanted."""
-    result = CocoFile({}, defaultdict(list), {})
+def read_coco(file: str | Path, argument: str, left_out: LeftOut, wanted: Container[str] | None = None) -> CocoFile:
+    """A file in the format of COCO, with the annotations of all images or of those whose `identity` is wanted."""
+    result = CocoFile.empty(left_out)
+    # The images may come after the annotations.
+    unplaced: dict[str, list[str]] = defaultdict(list)
 
-    def add(key: str | None, item: Any) -> None:
+    def add(name: str, key: str | None, item: Any) -> None:
         if key == "images":
-            result.pictures[item["id"]] = item
+            result.images.add(item["id"], item | {"id": identity(item["id"])})
         elif key == "categories":
             if not isinstance(item["name"], str):
                 raise Unusable("name of a category is no text")
-            result.categories[item["id"]] = item["name"]
-        elif key == "annotations" and (wanted is None or item["image_id"] in wanted):
-            result.annotations[item["image_id"]].append(item)
+            result.categories.add(item["id"], item["name"])
+        elif key == "annotations":
+            image = identity(item["image_id"])
+            if wanted is None or image in wanted:
+                annotations = result.annotations.setdefault(image, Index("annotation", left_out))
+                if item.get("id") is not None:
+                    annotations.add(item["id"], item | {"id": identity(item["id"]), "image_id": image})
+                else:
+                    annotations.add("panoptic" if "segments_info" in item else name, item | {"image_id": image})
+            if image not in result.images and (wanted is None or image not in wanted):
+                unplaced[image].append(name)
 
     for number, (key, item) in enumerate(read_json(file, argument)):
-        left_out.attempt(f"entry {number} of {Path(file).name}", add, key, item)
+        name = f"entry {number} of {Path(file).name}"
+        left_out.attempt(name, add, name, key, item)
+    for image, names in unplaced.items():
+        for name in names if image not in result.images else ():
+            left_out.add("image of an annotation is unknown", name)
     return result
 
 

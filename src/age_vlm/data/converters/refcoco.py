@@ -14,8 +14,12 @@ from ..masks import MaskRLE
 from ..schema import Sample
 from .chats import REGION_REQUEST, Phrase, line, statements
 from .geometry import segmentation_mask
-from .pictures import find_picture, open_picture, require_size
-from .records import Table, existing_file, existing_folder, part_of, read_coco, read_table
+from .index import Index, identity
+from .pictures import ImageFolder, open_picture, require_size
+from .records import CocoFile, Table, existing_file, part_of, read_coco, read_table
+
+
+_LACKING = "instances lack its image or annotation"
 
 
 def refcoco(
@@ -25,6 +29,7 @@ def refcoco(
     split: str = "train",
     *,
     request: str = REGION_REQUEST,
+    allow_outside: bool = False,
     part: tuple[int, int] = (0, 1),
     left_out: LeftOut | None = None,
 ) -> Iterator[Sample]:
@@ -35,26 +40,29 @@ def refcoco(
         refs: `refs(unc).p`, `refs(google).p` or `refs(umd).p`.
         instances: `instances.json` from beside it.
         split: `"train"`, `"val"`, `"test"`, `"testA"` or `"testB"`.
+        allow_outside: see `ImageFolder`.
 
     Raises UserError where no object is in the split.
 
     Source: https://github.com/lichengunc/refer
     """
-    folder = existing_folder(images, "images")
+    folder = ImageFolder(images, "images", allow_outside)
     everything = _unpickled(existing_file(refs, "refs"))
     with reported(left_out, "refcoco") as left_out:
-        everything = (left_out.attempt(f"ref {number}", _checked, ref) for number, ref in enumerate(everything))
-        usable = [ref for ref in everything if ref is not None]
+        index: Index[dict[str, Any]] = Index("reference", left_out)
+        for number, ref in enumerate(everything):
+            if (ref := left_out.attempt(f"ref {number}", _checked, ref)) is not None:
+                index.add(ref["ref_id"], ref)
+        usable = [ref for _, ref in index.items()]
         if split not in (splits := {ref["split"] for ref in usable}):
             raise UserError(f"split must be one of {sorted(splits)}, got {split!r}.")
         chosen = list(part_of((ref for ref in usable if ref["split"] == split), part))
         file = read_coco(instances, "instances", left_out, {ref["image_id"] for ref in chosen})
         for ref in chosen:
             name = f"refcoco/{ref['ref_id']}"
-            picture, objects = file.pictures.get(ref["image_id"]), file.annotations.get(ref["image_id"], [])
-            annotation = next((item for item in objects if item.get("id") == ref["ann_id"]), None)
-            arguments = name, ref, picture, annotation, folder, request, left_out
-            if (sample := left_out.attempt(name, _sample, *arguments)) is not None:
+            if (
+                sample := left_out.attempt(name, _indexed_sample, name, ref, file, folder, request, left_out)
+            ) is not None:
                 yield sample
 
 
@@ -65,6 +73,7 @@ def refcoco_hub(
     split: str = "train",
     *,
     request: str = REGION_REQUEST,
+    allow_outside: bool = False,
     part: tuple[int, int] = (0, 1),
     left_out: LeftOut | None = None,
 ) -> Iterator[Sample]:
@@ -73,17 +82,22 @@ def refcoco_hub(
     Args:
         images: the folder of COCO's `train2014` or `train2017`: the tables hold no pictures.
         data: a name on the Hub, a folder or file of parquet, or a loaded data set.
+        allow_outside: see `ImageFolder`.
     """
-    folder = existing_folder(images, "images")
+    folder = ImageFolder(images, "images", allow_outside)
     with reported(left_out, "refcoco_hub") as left_out:
+        seen: Index[None] = Index("reference", left_out)
         for number, row in enumerate(read_table(data, "data", part, subset, split)):
             name = f"refcoco/{row.get('ref_id', number)}"
-            if (sample := left_out.attempt(name, _row_sample, name, row, folder, request, left_out)) is not None:
+            sample = left_out.attempt(name, _row_sample, name, row, folder, request, left_out)
+            if sample is not None and seen.add(row.get("ref_id", f"row {number}"), None):
                 yield sample
 
 
 def picture_names(file_name: str) -> list[str]:
     """Where a picture of COCO may lie: the releases of 2014 and 2017 name the same pictures differently."""
+    if not isinstance(file_name, str):
+        raise Unusable("name of an image is no text")
     plain = Path(file_name).name
     number = plain.rsplit("_", 1)[-1]
     folders = ("", "train2014/", "train2017/", "val2014/", "val2017/")
@@ -91,13 +105,33 @@ def picture_names(file_name: str) -> list[str]:
 
 
 def _checked(ref: dict[str, Any]) -> dict[str, Any]:
-    if not all(isinstance(ref[key], (int, str)) for key in ("ref_id", "ann_id", "image_id", "split")):
-        raise Unusable("ids of a reference are no numbers")
-    return {**ref, "split": str(ref["split"])}
+    return ref | {key: identity(ref[key]) for key in ("ref_id", "ann_id", "image_id", "split")}
 
 
-def _row_sample(name: str, row: dict[str, Any], folder: Path, request: str, left_out: LeftOut) -> Sample:
+def _indexed_sample(
+    name: str, ref: dict[str, Any], file: CocoFile, folder: ImageFolder, request: str, left_out: LeftOut
+) -> Sample:
+    annotations = file.annotations.get(ref["image_id"], ())
+    if ref["image_id"] not in file.images or ref["ann_id"] not in annotations:
+        raise Unusable(_LACKING)
+    arguments = file.images.get(ref["image_id"]), annotations.get(ref["ann_id"]), folder, request, left_out
+    return _sample(name, ref, *arguments)
+
+
+def _row_sample(name: str, row: dict[str, Any], folder: ImageFolder, request: str, left_out: LeftOut) -> Sample:
+    if row.get("ref_id") is not None:
+        identity(row["ref_id"])
     picture, annotation = (_decoded(row[key]) for key in ("raw_image_info", "raw_anns"))
+    if picture is None or annotation is None:
+        raise Unusable(_LACKING)
+    pairs = (
+        (row, "image_id", picture, "id"),
+        (row, "ann_id", annotation, "id"),
+        (annotation, "image_id", picture, "id"),
+    )
+    for one, key, other, same in pairs:
+        if key in one and same in other and identity(one[key]) != identity(other[same]):
+            raise Unusable("identifiers of the record do not agree")
     return _sample(name, row, picture, annotation, folder, request, left_out)
 
 
@@ -108,17 +142,15 @@ def _decoded(value: Any) -> Any:
 def _sample(
     name: str,
     ref: dict[str, Any],
-    picture: dict[str, Any] | None,
-    annotation: dict[str, Any] | None,
-    folder: Path,
+    picture: dict[str, Any],
+    annotation: dict[str, Any],
+    folder: ImageFolder,
     request: str,
     left_out: LeftOut,
 ) -> Sample:
-    if picture is None or annotation is None:
-        raise Unusable("instances lack its image or annotation")
     size = picture["width"], picture["height"]
     # The name in the reference itself carries the annotation's number and is no file.
-    image = open_picture(find_picture(folder, picture_names(picture["file_name"])))
+    image = open_picture(folder.find(picture_names(picture["file_name"])))
     require_size(image, *size)
     mask = segmentation_mask(annotation["segmentation"], *size)
     said = (left_out.attempt(f"expression of {name}", _said, sentence, mask) for sentence in ref["sentences"])

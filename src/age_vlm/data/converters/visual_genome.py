@@ -7,12 +7,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..left_out import LeftOut, reported
+from ..left_out import LeftOut, Unusable, reported
 from ..schema import Sample, upright_size
 from .chats import REGION_REQUEST, Phrase, line, statements
 from .geometry import clipped_box
-from .pictures import find_picture, open_picture
-from .records import existing_folder, part_of, read_json
+from .index import Index, identity
+from .pictures import ImageFolder, open_picture
+from .records import part_of, read_json
 
 
 _FOLDERS = ("", "VG_100K/", "VG_100K_2/", "images/", "images2/")
@@ -24,6 +25,7 @@ def visual_genome(
     *,
     request: str = REGION_REQUEST,
     per_picture: int | None = None,
+    allow_outside: bool = False,
     part: tuple[int, int] = (0, 1),
     left_out: LeftOut | None = None,
 ) -> Iterator[Sample]:
@@ -33,30 +35,43 @@ def visual_genome(
         images: the folder of `<image id>.jpg`, or that of `VG_100K` and `VG_100K_2`.
         regions: `region_descriptions.json`.
         per_picture: at most so many regions of a picture, the first; there are 50 on average.
+        allow_outside: see `ImageFolder`.
 
     Source: https://homes.cs.washington.edu/~ranjay/visualgenome/api_readme.html
     """
-    folder = existing_folder(images, "images")
+    folder = ImageFolder(images, "images", allow_outside)
     records = part_of((record for _, record in read_json(regions, "regions")), part)
     with reported(left_out, "visual_genome") as left_out:
+        seen: Index[None] = Index("image", left_out)
         for number, record in enumerate(records):
             name = f"record {part[0] + number * part[1]}"
             sample = left_out.attempt(name, _sample, record, folder, request, per_picture, left_out)
-            if sample is not None:
+            if sample is not None and seen.add(_number(record), None):
                 yield sample
 
 
-def _sample(record: dict[str, Any], folder: Path, request: str, per_picture: int | None, left_out: LeftOut) -> Sample:
+def _number(record: dict[str, Any]) -> str:
     # Both keys stand for the picture; older releases have only `id`.
-    number = record["image_id"] if "image_id" in record else record["id"]
-    picture = open_picture(find_picture(folder, (f"{place}{number}.jpg" for place in _FOLDERS)))
+    numbers = {identity(record[key]) for key in ("image_id", "id") if key in record} or {identity(record["id"])}
+    if len(numbers) > 1:
+        raise Unusable("identifiers of the record do not agree")
+    return numbers.pop()
+
+
+def _sample(
+    record: dict[str, Any], folder: ImageFolder, request: str, per_picture: int | None, left_out: LeftOut
+) -> Sample:
+    number = _number(record)
+    picture = open_picture(folder.find(f"{place}{number}.jpg" for place in _FOLDERS))
     size = upright_size(picture)
-    said = (left_out.attempt(f"region of {number}", _region, region, size) for region in record["regions"])
+    said = (left_out.attempt(f"region of {number}", _region, region, number, size) for region in record["regions"])
     usable = (region for region in said if region is not None)
     return statements(f"visual_genome/{number}", picture, request, islice(usable, per_picture))
 
 
-def _region(region: dict[str, Any], size: tuple[int, int]) -> tuple[str, list[Phrase]]:
+def _region(region: dict[str, Any], number: str, size: tuple[int, int]) -> tuple[str, list[Phrase]]:
+    if "image_id" in region and identity(region["image_id"]) != number:
+        raise Unusable("region is of another image")
     text = line(region["phrase"])
     x, y = region["x"], region["y"]
     return text, [(0, len(text), None, clipped_box([x, y, x + region["width"], y + region["height"]], *size))]
