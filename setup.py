@@ -38,7 +38,7 @@ INSTALL_REQUIRES = [
     "pyyaml>=6,<7",  # recipes
     "numpy>=2,<3",  # masks and drawing; pyarrow's wheels, which datasets needs, are for NumPy 2
     "tokenizers>=0.23.1,<1",  # the word-level tokenizer of models from scratch; required by transformers 5.24
-    "inflect>=7.3,<9",  # English plurals in generated texts
+    "inflect>=7.3,<8",  # English plurals in generated texts
     "tqdm>=4.66,<5",  # progress bars
     "packaging>=20,<27",  # versions and ranges; required by transformers
 ]
