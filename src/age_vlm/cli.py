@@ -89,6 +89,10 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--overlay", help="write the picture with the attention of each content word here (PNG)")
     ask.add_argument("--max-new-tokens", type=int, default=64)
     ask.set_defaults(run=_ask)
+
+    check = commands.add_parser("check", help="whether a model answers as it should with the packages that are installed")
+    check.add_argument("--model", help="folder or Hub id (default: the example checkpoint of the repository)")
+    check.set_defaults(run=_check)
     for command in commands.choices.values():
         # Without a default, which would undo one that stands before the command.
         command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
