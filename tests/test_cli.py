@@ -1,8 +1,10 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -261,11 +263,18 @@ def test_debug_shows_where_an_error_comes_from(capsys):
 
 
 @pytest.fixture
-def places(tmp_path, picture, recipe, checkpoint, tmp_path_factory):
-    base = tmp_path_factory.getbasetemp()
-    for folder in (tmp_path, Path(checkpoint).parent, base, base.parent):
-        folder.chmod(0o755)
-    tmp_path.chmod(0o777)
+def places(tmp_path, picture, recipe, checkpoint, monkeypatch):
+    # pytest's own folder may be looked into by nobody but its owner.
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(tmp_path, folder, dirs_exist_ok=True)
+        shutil.copytree(checkpoint, Path(folder) / "model")
+        Path(folder).chmod(0o777)
+        monkeypatch.chdir(folder)
+        yield from _places(Path(folder))
+        monkeypatch.chdir(tmp_path)
+
+
+def _places(tmp_path):
     (tmp_path / "file").write_text("a file")
     (tmp_path / "folder").mkdir()
     (tmp_path / "recipes").mkdir()
@@ -349,10 +358,10 @@ PLACES = [
 
 
 @pytest.mark.parametrize("line, words", PLACES)
-def test_what_is_wrong_with_a_place_is_one_sentence(capsys, places, checkpoint, line, words):
+def test_what_is_wrong_with_a_place_is_one_sentence(capsys, places, line, words):
     arguments = shlex.split(line)
     if arguments[0] == "ask" and "--model" not in arguments:
-        arguments += ["--model", checkpoint]
+        arguments += ["--model", "model"]
     root = os.geteuid() == 0
     if root:
         os.seteuid(65534)  # what is not to be read is read by root
