@@ -14,6 +14,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from ..configuration.configuration_agevlm import AgeVlmConfig, unknown_option
 from .compat_agevlm import accepts_old_cache_name
 from .cross_attention_agevlm import AgeVlmGate, AgeVlmTextModel, AgeVlmTextModelOutput, nothing_placed
+from .frozen_agevlm import keep_frozen_still
 from .image_masks_agevlm import place_images
 from .vision_agevlm import (
     AgeVlmMultiModalProjector,
@@ -77,6 +78,12 @@ class AgeVlmPreTrainedModel(PreTrainedModel):
             init.constant_(module.weight, module.start)
         elif isinstance(module, AgeVlmProjection):
             init.normal_(module.weight, std=module.in_features**-0.5)
+
+    def train(self, mode: bool = True) -> "AgeVlmPreTrainedModel":
+        """As `nn.Module.train`, but what does not learn has no dropout and keeps its running statistics; call it after
+        `requires_grad_` has been."""
+        super().train(mode)
+        return keep_frozen_still(self) if mode else self
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args, **kwargs) -> None:
         super()._set_gradient_checkpointing(enable, *args, **kwargs)
