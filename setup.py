@@ -26,8 +26,8 @@ INSTALL_REQUIRES = [
     "timm>=1.0.21,<2",  # first release whose ConvNeXt can be built on the meta device
     "datasets>=4.0,<6",  # `List` features
     "accelerate>=1.10,<2",  # required by transformers.Trainer 5
-    "safetensors>=0.8,<1",  # sharded, atomic weight files; required by transformers 5.16
-    "huggingface-hub>=1.5,<3",  # required by transformers 5
+    "safetensors>=0.8,<1",  # sharded, atomic weight files; required by transformers 5.24
+    "huggingface-hub>=1.31,<3",  # required by transformers 5.24
     "peft>=0.20,<1",  # LoRA; first release whose AutoPeftModel takes `import_allowlist`, for classes outside transformers
     "pillow>=10.1,<15",  # ImageOps.exif_transpose(in_place) and modern resampling names
     "pycocotools>=2.0.8,<3",  # wheels for NumPy 2
@@ -37,8 +37,9 @@ INSTALL_REQUIRES = [
     "rich>=13,<16",  # tables on the terminal
     "pyyaml>=6,<7",  # recipes
     "numpy>=2,<3",  # masks and drawing; pyarrow's wheels, which datasets needs, are for NumPy 2
-    "tokenizers>=0.23.1,<1",  # the word-level tokenizer of models from scratch; required by transformers 5.16
+    "tokenizers>=0.23.1,<1",  # the word-level tokenizer of models from scratch; required by transformers 5.24
     "tqdm>=4.66,<5",  # progress bars
+    "packaging>=20,<27",  # versions and ranges; required by transformers
 ]
 
 EXTRAS_REQUIRE = {

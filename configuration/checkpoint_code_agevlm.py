@@ -42,3 +42,16 @@ def write_checkpoint_code(directory: str | os.PathLike) -> None:
         temporary = target.with_name(target.name + ".tmp")
         temporary.write_text(source, "utf-8")
         os.replace(temporary, target)
+
+
+class CarriesItsCode:
+    """Beside a class of transformers that is saved: `save_pretrained` and `push_to_hub` take the checkpoint code along."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+        """As that of transformers; with `push_to_hub=True`, `kwargs` are those of `push_to_hub`."""
+        saved = super().save_pretrained(os.fspath(save_directory), **({} if push_to_hub else kwargs))
+        write_checkpoint_code(save_directory)
+        if push_to_hub:
+            # Not in the call above: it uploads what transformers wrote, and that alone.
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+        return saved

@@ -22,6 +22,7 @@ from transformers import Trainer, logging, set_seed
 from age_vlm.data.collator import token_grid_size
 from age_vlm.data.questions import EvaluationItem
 from age_vlm.data.sources import DataSource, load_source
+from age_vlm.errors import UserError, check_new_folder
 from age_vlm.evaluation.answers import yes_scores
 from age_vlm.evaluation.attention import chosen_heads
 from age_vlm.evaluation.benchmark import split_items
@@ -29,6 +30,7 @@ from age_vlm.evaluation.grounding import PhraseAttention, phrase_attention, phra
 from age_vlm.training.pipeline import curve_measure
 from age_vlm.training.recipe import Recipe
 from age_vlm.training.run import CurveCallback, build_model, environment, fit, train, training_arguments, warm_vision
+from age_vlm.whole_files import write_whole
 
 
 ARMS = ("concatenation", "cross-attention", "alignment", "alignment, masks of others")
@@ -200,6 +202,7 @@ def run_all(script: str, jobs: Sequence[tuple[str, list[str]]], work: Path, work
 
     A job that is done already is not run again: an ablation that was stopped goes on where it was.
     """
+    check_new_folder("--work", work)
     work.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // workers)
     variables = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
@@ -222,12 +225,14 @@ def run_all(script: str, jobs: Sequence[tuple[str, list[str]]], work: Path, work
         if code:
             for _, other in running:
                 other.terminate()
-            raise SystemExit(f"{path.stem} failed, see {path.with_suffix('.log')}")
+            raise UserError(f"{path.stem} failed, see {path.with_suffix('.log')}.")
         print(f"done: {path.stem}", flush=True)
     loaded = [json.loads(path.read_text("utf-8")) for path in results]
     for path, result in zip(results, loaded):
         if _without_arm(result["recipe"]) != _without_arm(loaded[0]["recipe"]):
-            raise SystemExit(f"{path} is of another recipe than {results[0]}: name another --work")
+            raise UserError(
+                f"--work: '{path}' is of another recipe than '{results[0]}', expected the same, or another folder."
+            )
     return loaded
 
 
@@ -240,6 +245,4 @@ def _without_arm(recipe: dict) -> dict:
 
 
 def save_result(path: Path, result: dict) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=1), "utf-8")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(result, indent=1))

@@ -10,12 +10,15 @@ their order, and are paired: all arms of a seed start from the same weights and 
 import argparse
 import dataclasses
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from ablation import ARMS, arm_recipe, run_all, run_arm, save_result
 from tables import environment_name, write_csv, write_markdown
 
 from age_vlm.data.sources import load_source
+from age_vlm.errors import run_command
 from age_vlm.evaluation.answers import yes_scores
 from age_vlm.evaluation.benchmark import presence_metrics, split_items
 from age_vlm.training.recipe import load_recipe
@@ -25,7 +28,7 @@ from age_vlm.training.recipe import load_recipe
 BALANCED = 20
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", required=True)
     parser.add_argument("--labels", required=True)
@@ -41,8 +44,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", help="lengths of training to compare; without, the recipe's")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--run", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    return run_command("ablation_label_maps", lambda: run(options))
 
+
+def run(options: argparse.Namespace) -> None:
     data = [
         f"data.images={json.dumps(options.images)}",
         f"data.labels={json.dumps(options.labels)}",
@@ -141,4 +147,4 @@ def prior_rows(recipe) -> list[dict]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,6 +11,8 @@ over all kinds of questions, with the first seed.
 import argparse
 import dataclasses
 import statistics
+import sys
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import matplotlib.pyplot as plt
 from ablation import ARMS, arm_recipe, run_all, run_arm, save_result
 from tables import environment_name, write_csv, write_markdown
 
+from age_vlm.errors import run_command
 from age_vlm.evaluation.benchmark import answer_metrics
 from age_vlm.training.recipe import load_recipe
 
@@ -27,7 +30,7 @@ TARGET = 0.90
 HALFWAY = 0.70
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", default="runs/ablation_scenes", help="where runs are kept, to go on after a stop")
     parser.add_argument("--output", default="docs/results")
@@ -39,8 +42,11 @@ def main() -> None:
     parser.add_argument("--run", help=argparse.SUPPRESS)
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     parser.add_argument("--rate", type=float, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    return run_command("ablation_scenes", lambda: run(options))
 
+
+def run(options: argparse.Namespace) -> None:
     recipe = load_recipe(files("age_vlm") / "recipes" / "scenes.yaml")
     recipe.training = dataclasses.replace(
         recipe.training, evaluate_every=50, steps=options.steps or recipe.training.steps
@@ -133,4 +139,4 @@ def plot(results: list[dict], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

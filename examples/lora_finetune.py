@@ -18,16 +18,17 @@ from pathlib import Path
 import PIL.Image
 from huggingface_hub import ModelCardData
 from peft import get_peft_model
-from rich.console import Console
-from rich.table import Table
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast, logging, set_seed
 
+from age_vlm.configuration.configuration_agevlm import LOCAL_FOLDER, is_local
+from age_vlm.console import plain_console, plain_table
 from age_vlm.data.collator import AgeVlmCollator, token_grid_size
 from age_vlm.data.label_maps import CAPTION_REQUEST, caption, existence_question
 from age_vlm.data.questions import EvaluationItem
 from age_vlm.data.scene_questions import scene_texts
 from age_vlm.data.sources import load_source
+from age_vlm.errors import UserError, check_new_folder, run_command
 from age_vlm.evaluation.answers import yes_scores
 from age_vlm.evaluation.attention import chosen_heads
 from age_vlm.evaluation.benchmark import split_items
@@ -63,14 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # The example checkpoint has learned from the scenes of seed 0.
     parser.add_argument("--seed", type=int, default=1, help="of adapter, training pictures and their order")
     parser.add_argument("--output", default="runs/lora", help="folder of the adapter")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier adapter in that folder")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier adapter in that folder; other files in it stay"
+    )
     options = parser.parse_args(arguments)
-    try:
-        run(options)
-    except ValueError as error:
-        print(f"lora_finetune: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command("lora_finetune", lambda: run(options))
 
 
 def run(options: argparse.Namespace) -> None:
@@ -132,23 +130,24 @@ def run(options: argparse.Namespace) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raises ValueError, one sentence, before anything is loaded."""
+    """Raises UserError, one sentence, before anything is loaded."""
     given = [name for name in ("images", "labels", "classes") if getattr(options, name)]
     if given and len(given) < 3:
-        raise ValueError(f"--images, --labels, --classes: got --{' and --'.join(given)}, expected all three or none.")
+        raise UserError(f"--images, --labels, --classes: got --{' and --'.join(given)}, expected all three or none.")
     for name in ("rank", "steps", "batch_size", "validation"):
         if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: got {getattr(options, name)}, expected at least 1.")
+            raise UserError(f"--{name.replace('_', '-')}: got {getattr(options, name)}, expected at least 1.")
     if not 0 < options.learning_rate < float("inf"):
-        raise ValueError(f"--learning-rate: got {options.learning_rate}, expected more than 0.")
+        raise UserError(f"--learning-rate: got {options.learning_rate}, expected more than 0.")
     if options.seed < 0:
-        raise ValueError(f"--seed: got {options.seed}, expected at least 0.")
+        raise UserError(f"--seed: got {options.seed}, expected at least 0.")
     output = Path(options.output)
+    check_new_folder("--output", output)
     if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
         if not options.overwrite:
-            raise ValueError(f"--output: '{output}' exists, expected a new folder (or --overwrite to replace it).")
+            raise UserError(f"--output: '{output}' exists, expected a new folder (or --overwrite to replace it).")
         if not (output / "adapter_config.json").is_file():
-            raise ValueError(f"--output: '{output}' holds no adapter, and is not replaced even with --overwrite.")
+            raise UserError(f"--output: '{output}' holds no adapter, and is not replaced even with --overwrite.")
 
 
 def texts(classes: Sequence[str] | None) -> list[str]:
@@ -181,7 +180,7 @@ def answers(model, processor, items: Sequence[EvaluationItem]) -> Figures:
     scores = yes_scores(model, processor, asked)
     questions = [question for item in asked for question in item.questions]
     if not questions:
-        raise ValueError("validation pictures: got none that shows one thing and lacks another, expected at least one.")
+        raise UserError("validation pictures: got none that shows one thing and lacks another, expected at least one.")
     truth = [question.answer == "yes" for question in questions]
     given = [scores[question.id] for question in questions]
     right = [(score > 0) == yes for score, yes in zip(given, truth)]
@@ -217,10 +216,10 @@ def rows(table: dict[str, Figures]) -> list[list[str]]:
 
 def show(table: dict[str, Figures], title: str) -> None:
     head, *body = rows(table)
-    shown = Table(*head, title=title)
+    shown = plain_table(head, title)
     for row in body:
         shown.add_row(*row)
-    Console().print(shown)
+    plain_console().print(shown)
 
 
 CARD = """---
@@ -229,7 +228,7 @@ CARD = """---
 
 # {name}
 
-A {kind} adapter for an [AGE-VLM](https://arxiv.org/abs/2511.17793), `{base}`, made by `examples/lora_finetune.py` of age-vlm.
+A {kind} adapter for an [AGE-VLM](https://arxiv.org/abs/2511.17793), {name_of_base}, made by `examples/lora_finetune.py` of age-vlm.
 
 ## Use
 
@@ -266,7 +265,7 @@ High attention inside a mask says where the model looked, not that its answer is
 
 
 def card(options, pictures: int, table: dict[str, Figures], trained: int, total: int, words: list[str]) -> str:
-    hub = None if Path(options.model).exists() else options.model
+    hub = None if is_local(options.model) else options.model
     metadata = ModelCardData(
         library_name="peft",
         base_model=hub,
@@ -279,7 +278,8 @@ def card(options, pictures: int, table: dict[str, Figures], trained: int, total:
         metadata=metadata.to_yaml(),
         name=Path(options.output).name,
         kind="DoRA" if options.dora else "LoRA",
-        base=options.model,
+        name_of_base=f"`{hub}`" if hub else LOCAL_FOLDER,
+        base=hub or "THE/BASE",
         data=f"photographs with the classes {', '.join(options.classes)}" if options.images else "drawn scenes",
         **{name: getattr(options, name) for name in ("rank", "steps", "batch_size", "learning_rate", "seed")},
         target=options.target.replace("_", " ") if options.target != "both" else "cross-attention and language model",

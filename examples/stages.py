@@ -11,6 +11,8 @@ finished runs are kept, and a stopped one goes on from its last checkpoint.
 import argparse
 import dataclasses
 import json
+import sys
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from ablation import run_all, save_result
 from tables import environment_name, write_csv, write_markdown
 from transformers import logging
 
+from age_vlm.errors import run_command
 from age_vlm.training.pipeline import run_recipe
 from age_vlm.training.recipe import Recipe, load_recipe
 from age_vlm.training.stages import load_stages, run_stages
@@ -27,7 +30,7 @@ ARMS = ("four stages", "one joint stage")
 TARGET = 0.90
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", default="runs/stages", help="where runs are kept, to go on after a stop")
     parser.add_argument("--output", default="docs/results")
@@ -36,8 +39,11 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], help="keys of all recipes: section.key=value")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--run", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    return run_command("stages", lambda: run(options))
 
+
+def run(options: argparse.Namespace) -> None:
     if options.run:
         save_result(Path(options.run), run_arm(options.arms[0], options.seeds[0], options.set, Path(options.run)))
         return
@@ -122,4 +128,4 @@ def row(result: dict) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

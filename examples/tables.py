@@ -1,11 +1,13 @@
 """Results as files: a CSV row a run, and a Markdown table of medians and ranges over seeds."""
 
 import csv
+import io
 import math
-import os
 import re
 import statistics
 from pathlib import Path
+
+from age_vlm.whole_files import write_whole
 
 
 def environment_name(environment: dict) -> str:
@@ -16,14 +18,13 @@ def environment_name(environment: dict) -> str:
 
 def write_csv(path: Path, rows: list[dict]) -> None:
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows(
-            {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()} for row in rows
-        )
-    os.replace(temporary, path)
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, columns, restval="")
+    writer.writeheader()
+    writer.writerows(
+        {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()} for row in rows
+    )
+    write_whole(path, file.getvalue())
 
 
 def write_markdown(path: Path, rows: list[dict], *, by: str) -> None:

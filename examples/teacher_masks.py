@@ -29,6 +29,7 @@ from age_vlm.data.scene_questions import scene_sample
 from age_vlm.data.scenes import Scene, draw_scene
 from age_vlm.data.schema import FEATURES, Sample, grounding
 from age_vlm.data.sources import DataSource, load_source
+from age_vlm.errors import check_new_folder, run_command
 from age_vlm.evaluation.benchmark import answer_metrics
 from age_vlm.grounding import load_teacher
 from age_vlm.grounding.run import ground
@@ -55,12 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--run", help=argparse.SUPPRESS)
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    try:
-        run(options)
-    except ValueError as error:
-        print(f"teacher_masks: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command("teacher_masks", lambda: run(options))
 
 
 def run(options: argparse.Namespace) -> None:
@@ -77,6 +73,8 @@ def run(options: argparse.Namespace) -> None:
         save_result(Path(options.run), result)
         return
 
+    check_new_folder("--work", work)
+    check_new_folder("--output", options.output)
     work.mkdir(parents=True, exist_ok=True)
     grounded = [
         grounded_scenes(dataclasses.replace(recipe, seed=seed), options.teacher, work) for seed in options.seeds

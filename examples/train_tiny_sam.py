@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torchvision.ops import sigmoid_focal_loss
 from transformers import Sam2Config, Sam2ImageProcessor, Sam2Model, Sam2Processor, Trainer, logging, set_seed
 
+from age_vlm.console import plain_console, plain_table
 from age_vlm.data.scenes import Scene, draw_scene
+from age_vlm.errors import UserError, check_new_folder, run_command
 from age_vlm.grounding import Prompt
 from age_vlm.grounding.sam2 import Sam2Teacher
 from age_vlm.hub import save_checkpoint
@@ -52,25 +52,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--test", type=int, default=500, help="scenes of the figures at the end")
     parser.add_argument("--seed", type=int, default=0, help="of weights, training scenes and prompts")
     options = parser.parse_args(arguments)
-    try:
-        run(options)
-    except ValueError as error:
-        print(f"train_tiny_sam: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command("train_tiny_sam", lambda: run(options))
 
 
 def run(options: argparse.Namespace) -> None:
     for name in ("steps", "batch_size", "validation", "test"):
         if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: got {getattr(options, name)}, expected at least 1.")
+            raise UserError(f"--{name.replace('_', '-')}: got {getattr(options, name)}, expected at least 1.")
     if not 0 < options.learning_rate < float("inf"):
-        raise ValueError(f"--learning-rate: got {options.learning_rate}, expected more than 0.")
+        raise UserError(f"--learning-rate: got {options.learning_rate}, expected more than 0.")
     if options.seed < 0:
-        raise ValueError(f"--seed: got {options.seed}, expected at least 0.")
+        raise UserError(f"--seed: got {options.seed}, expected at least 0.")
     output = Path(options.output)
     if output.exists():
-        raise ValueError(f"--output: '{output}' exists, expected a new folder.")
+        raise UserError(f"--output: '{output}' exists, expected a new folder.")
+    check_new_folder("--output", output)
     logging.set_verbosity_error()
     set_seed(options.seed)
     started, cpu = time.monotonic(), time.process_time()
@@ -291,14 +287,14 @@ def evaluate(teacher: Sam2Teacher, scenes: Sequence[Scene]) -> dict[str, float]:
 
 def show(metrics: dict) -> None:
     settings = metrics["settings"]
-    table = Table("figure", "value", title=f"{settings['test']} test scenes, seed {settings['seed']}")
+    table = plain_table(["figure", "value"], f"{settings['test']} test scenes, seed {settings['seed']}")
     for name, value in metrics["test"].items():
         table.add_row(f"{name}, mean", f"{value:.3f}")
     table.add_row("steps", f"{settings['steps']:,}")
     table.add_row("parameters", f"{metrics['parameters']:,}")
     table.add_row("seconds", f"{metrics['seconds']:.0f}")
     table.add_row("CPU seconds", f"{metrics['cpu_seconds']:.0f}")
-    Console().print(table)
+    plain_console().print(table)
 
 
 if __name__ == "__main__":

@@ -107,3 +107,20 @@ def places_to_slots(visible: torch.Tensor, slots: torch.Tensor, num_slots: int) 
     """(batch, length, places) -> (batch, length, num_slots): how many of the image tokens seen refer to each picture."""
     refers = slots[:, :, None] == torch.arange(num_slots, device=slots.device)
     return (visible[:, :, :, None] & refers[:, None]).sum(2)
+
+
+def check_image_count(tokens: int, images: int, image_indices: torch.Tensor | None) -> None:
+    if image_indices is not None:
+        if len(image_indices) != tokens:
+            raise ValueError(
+                f"image_indices: got {len(image_indices)}, expected one for each of {tokens} image tokens."
+            )
+        wrong = image_indices[(image_indices < 0) | (image_indices >= images)]
+        if len(wrong):
+            raise ValueError(f"image_indices: got {int(wrong[0])}, expected indices of the {images} images.")
+    elif tokens != images:
+        # The words at the end are those that the tests of transformers' models look for.
+        raise ValueError(
+            f"pixel_values: got {images} images for {tokens} image tokens in the text, expected as many: Image features and "
+            "image tokens do not match."
+        )

@@ -5,17 +5,19 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, Cache, GenerationMixin, LlamaForCausalLM, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithCrossAttentions
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
-from ..configuration.configuration_agevlm import AgeVlmConfig, unknown_option
+from ..configuration.configuration_agevlm import AgeVlmConfig
+from .backbones_agevlm import model_from_backbones
 from .compat_agevlm import accepts_old_cache_name
 from .cross_attention_agevlm import AgeVlmGate, AgeVlmTextModel, AgeVlmTextModelOutput, nothing_placed
 from .frozen_agevlm import keep_frozen_still
-from .image_masks_agevlm import place_images
+from .generation_agevlm import AgeVlmGenerationMixin
+from .image_masks_agevlm import check_image_count, place_images
 from .vision_agevlm import (
     AgeVlmMultiModalProjector,
     AgeVlmProjection,
@@ -31,9 +33,6 @@ from .vision_agevlm import (
 
 
 logger = logging.get_logger(__name__)
-
-# What the processor's chat template, that of Llama 3, has at the end of an answer.
-END_OF_TURN = "<|eot_id|>"
 
 
 @dataclass
@@ -64,7 +63,7 @@ class AgeVlmPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["LlamaDecoderLayer", "AgeVlmDecoderLayer", "AgeVlmTimmWrapperModel"]
-    _keep_in_fp32_modules = ["attn_gate", "mlp_gate"]
+    _keep_in_fp32_modules_strict = ["attn_gate", "mlp_gate"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -85,12 +84,19 @@ class AgeVlmPreTrainedModel(PreTrainedModel):
         super().train(mode)
         return keep_frozen_still(self) if mode else self
 
-    def _set_gradient_checkpointing(self, enable: bool = True, *args, **kwargs) -> None:
-        super()._set_gradient_checkpointing(enable, *args, **kwargs)
+    def activation_checkpointing_enable(self, *args, **kwargs) -> None:
+        super().activation_checkpointing_enable(*args, **kwargs)
+        self._checkpoint_timm_encoder(True)
+
+    def activation_checkpointing_disable(self) -> None:
+        super().activation_checkpointing_disable()
+        self._checkpoint_timm_encoder(False)
+
+    def _checkpoint_timm_encoder(self, enable: bool) -> None:
         # transformers switches its own layers, and leaves out an encoder of timm inside another model.
         for module in self.modules():
             if isinstance(module, AgeVlmTimmWrapperModel) and module.supports_gradient_checkpointing:
-                module._set_gradient_checkpointing(enable)
+                module.timm_model.set_grad_checkpointing(enable)
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -174,14 +180,40 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
             attentions=getattr(outputs, "attentions", None),
         )
 
-    def image_token_mask(
-        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None
+    def find_image_tokens(
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        image_token_mask: torch.BoolTensor | None = None,
     ) -> torch.BoolTensor:
-        """(batch, length): which tokens stand for a picture; from the embeddings where no ids are given."""
+        """(batch, length): which tokens stand for an image. Of embeddings, by that of the image token, if no other token has
+        the same (the reserved tokens of a Llama often do); else `image_token_mask` has to say it.
+
+        Raises:
+            ValueError: one sentence, for embeddings that do not tell, or a mask of another shape.
+        """
         if input_ids is not None:
             return input_ids == self.config.image_token_id
-        token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(token).to(inputs_embeds)).all(-1)
+        if image_token_mask is not None:
+            if image_token_mask.shape != inputs_embeds.shape[:2]:
+                raise ValueError(
+                    f"image_token_mask: got shape {tuple(image_token_mask.shape)}, expected that of the text, "
+                    f"{tuple(inputs_embeds.shape[:2])}."
+                )
+            return image_token_mask.bool()
+        embeddings = self.get_input_embeddings()
+        token = embeddings(torch.tensor(self.config.image_token_id, device=inputs_embeds.device))
+        found = (inputs_embeds == token.to(inputs_embeds)).all(-1)
+        if not torch.compiler.is_compiling() and found.any():
+            table = embeddings.weight
+            # The first column alone leaves few to compare whole.
+            alike = table[table[:, 0] == token[0]]
+            if (alike == token).all(-1).sum() > 1:
+                raise ValueError(
+                    f"inputs_embeds: got the embedding of the image token, {self.config.image_token_id}, which other tokens "
+                    "share, expected input_ids, or image_token_mask beside them."
+                )
+        return found
 
     @accepts_old_cache_name
     @can_return_tuple
@@ -194,6 +226,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         image_indices: torch.LongTensor | None = None,
+        image_token_mask: torch.BoolTensor | None = None,
         cross_attention_rows: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -204,6 +237,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
             pixel_values: (images, channels, height, width), in the order of their tokens, row by row.
             position_ids: (batch, length); positions that restart, with no attention mask, are packed sequences: each
                 sees only its own picture.
+            image_token_mask: (batch, length), with `inputs_embeds`: which of them stand for an image, see `find_image_tokens`.
             image_indices: (image tokens,) which picture each image token stands for, where several share one.
             cross_attention_rows: (maps, 2) batch index and position of the text rows whose attention maps are wanted.
             mm_encoder_outputs: `{"image": output of get_image_features}` in the place of `pixel_values`.
@@ -226,15 +260,17 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         _check_rows(cross_attention_rows, batch, length)
 
         if pixel_values is not None and len(pixel_values) == 0:
-            _check_image_count(int(self.image_token_mask(input_ids, inputs_embeds).sum()), 0, image_indices)
+            check_image_count(
+                int(self.find_image_tokens(input_ids, inputs_embeds, image_token_mask).sum()), 0, image_indices
+            )
         elif pixel_values is not None:
             encoded = self.get_image_features(pixel_values, return_dict=True)
         image_states = encoded.pooler_output if encoded is not None else None
         placed = None
         if image_states is not None:
             image_states = image_states.to(inputs_embeds.device, inputs_embeds.dtype)
-            is_image = self.image_token_mask(input_ids, inputs_embeds)
-            _check_image_count(int(is_image.sum()), image_states.shape[0], image_indices)
+            is_image = self.find_image_tokens(input_ids, inputs_embeds, image_token_mask)
+            check_image_count(int(is_image.sum()), image_states.shape[0], image_indices)
             past_length = cache.get_seq_length() if cache is not None else 0
             placed = place_images(is_image, image_indices, past_length)
         elif cache is None and not torch.compiler.is_compiling():
@@ -259,7 +295,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         return AgeVlmModelOutputWithPast(**outputs, image_hidden_states=image_states)
 
 
-class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
+class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, AgeVlmGenerationMixin):
     """AGE-VLM with a language modelling head: answers questions about pictures, and says where it looked."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -270,8 +306,6 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
         self.model = AgeVlmModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
-        # The picture's token is an input only: an answer that contained one would ask for a picture.
-        self.generation_config.suppress_tokens = [config.image_token_id]
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
@@ -298,6 +332,7 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         image_indices: torch.LongTensor | None = None,
+        image_token_mask: torch.BoolTensor | None = None,
         cross_attention_rows: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -318,6 +353,7 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
             cache=cache,
             inputs_embeds=inputs_embeds,
             image_indices=image_indices,
+            image_token_mask=image_token_mask,
             cross_attention_rows=cross_attention_rows,
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
@@ -331,6 +367,8 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
                 raise ValueError(
                     f"labels: got shape {tuple(labels.shape)}, expected that of the text, {tuple(hidden_states.shape[:2])}."
                 )
+            # An image is given, never said: collators that leave its token in the labels would teach to ask for one.
+            labels = labels.masked_fill(labels == self.config.image_token_id, -100)
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
@@ -344,104 +382,6 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
             cross_attention_maps=outputs.cross_attention_maps,
             image_hidden_states=outputs.image_hidden_states,
         )
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids,
-        cache=None,
-        inputs_embeds=None,
-        pixel_values=None,
-        mm_encoder_outputs=None,
-        is_first_iteration=False,
-        **kwargs,
-    ):
-        model_inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
-        if is_first_iteration or not kwargs.get("use_cache", True):
-            # A continued chat brings all its pictures again: those whose tokens are in the cache are there already.
-            keep = None
-            if model_inputs.get("inputs_embeds") is not None:
-                is_image = self.model.image_token_mask(None, inputs_embeds)
-                new_length = model_inputs["inputs_embeds"].shape[1]
-            else:
-                is_image = self.model.image_token_mask(input_ids, None)
-                new_length = model_inputs["input_ids"].shape[1]
-            if new_length < is_image.shape[1]:
-                is_new = torch.zeros_like(is_image)
-                is_new[:, -new_length:] = True
-                keep = is_new[is_image]
-            if pixel_values is not None:
-                if keep is not None and len(keep) == len(pixel_values):
-                    pixel_values = pixel_values[keep.to(pixel_values.device)]
-                model_inputs["pixel_values"] = pixel_values if len(pixel_values) else None
-            if mm_encoder_outputs:
-                encoded = mm_encoder_outputs.get("image")
-                if encoded is not None and keep is not None and len(keep) == len(encoded.pooler_output):
-                    kept = encoded.pooler_output[keep.to(encoded.pooler_output.device)]
-                    encoded = BaseModelOutputWithPooling(pooler_output=kept) if len(kept) else None
-                model_inputs["mm_encoder_outputs"] = {"image": encoded}
-        return model_inputs
-
-    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
-        encoded = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
-        if generation_config.prefill_chunk_size is not None and (
-            encoded is not None or model_kwargs.get("pixel_values") is not None
-        ):
-            raise ValueError(
-                f"prefill_chunk_size: got {generation_config.prefill_chunk_size} with pictures, expected None: a chunk would "
-                "lose the pictures of the others."
-            )
-        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
-
-    def _get_candidate_generator(self, *args, model_kwargs, **kwargs):
-        cached = model_kwargs["cache"].get_seq_length()
-        if cached > 0:
-            raise ValueError(
-                f"cache: got a cache of {cached} tokens for assisted decoding, expected an empty one: "
-                "transformers (5.23) would read them a second time."
-            )
-        return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
-
-    def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids=None, **model_kwargs
-    ):
-        image_indices = model_kwargs.pop("image_indices", None)
-        pixel_values = model_kwargs.pop("pixel_values", None)
-        encoded = (model_kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
-        images = pixel_values if pixel_values is not None else encoded.pooler_output if encoded is not None else None
-        if images is not None:
-            if image_indices is not None or expand_size > 1:
-                has_ids = input_ids is not None and input_ids.numel() > 0
-                mask = self.model.image_token_mask(
-                    input_ids if has_ids else None, None if has_ids else model_kwargs["inputs_embeds"]
-                )
-                given = images if image_indices is None else image_indices
-                if len(given) < mask.sum() and model_kwargs.get("cache") is not None:
-                    # A continued chat may bring its new pictures alone.
-                    mask = mask[:, int(model_kwargs["cache"].get_seq_length()) :]
-                counts = mask.sum(-1).tolist()
-                _check_image_count(sum(counts), len(images), image_indices)
-            if image_indices is not None:
-                # Each beam has its own pictures: shared ones become copies.
-                images = images[image_indices]
-            if expand_size > 1:
-                # Pictures are listed without a batch dimension: each row's group is repeated as a whole, not each picture.
-                groups = torch.arange(sum(counts), device=images.device).split(counts)
-                images = images[torch.cat([group.repeat(expand_size) for group in groups])]
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-        if images is not None:
-            if pixel_values is not None:
-                model_kwargs["pixel_values"] = images
-            else:
-                model_kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=images)}
-        return input_ids, model_kwargs
 
     @classmethod
     def from_backbones(
@@ -458,7 +398,7 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
         Args:
             text: Hub id or folder of a `LlamaForCausalLM`.
             vision: Hub id or folder of a vision encoder, timm's own among them.
-            image_token_id: token that stands for a picture. When left out: the first reserved special token of the
+            image_token_id: token that stands for an image. When left out: the first reserved special token of the
                 tokenizer beside `text`.
             dtype: of the whole model, that of the language model's file when left out.
             config_overrides: fields of [`AgeVlmConfig`], `cross_attention_layers` for example.
@@ -466,125 +406,7 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: one sentence, for a folder that is not there, a gated repository, or another kind of model.
         """
-        if unknown := unknown_option(config_overrides):
-            raise ValueError(unknown)
-        text_config = load_part("text", text, AutoConfig)
-        whole_vision_config = load_part("vision", vision, AutoConfig)
-        vision_config = getattr(whole_vision_config, "vision_config", whole_vision_config)
-        if text_config.model_type != "llama":
-            raise ValueError(f"text: '{text}' is a '{text_config.model_type}' model, expected a Llama.")
-        tokenizer = _tokenizer(text)
-        if image_token_id is None:
-            image_token_id = _image_token_id(text, text_config, tokenizer)
-        language_model, text_report = load_part("text", text, LlamaForCausalLM, dtype=dtype, output_loading_info=True)
-        dtype = language_model.dtype
-        if vision_config.model_type == "timm_wrapper" and vision_config.model_args:
-            # timm writes it into the arguments as well, where transformers would pass it twice.
-            vision_config.model_args.pop("num_classes", None)
-        vision_tower, vision_report = load_part(
-            "vision", vision, AutoModel, dtype=dtype, config=whole_vision_config, output_loading_info=True
-        )
-        vision_tower = getattr(vision_tower, "vision_model", vision_tower)
-        # Of a model with a text part too, only the whole knows it; the model card names what a model was built from.
-        vision_tower.config.name_or_path = str(vision)
-        config = cls.config_class(
-            text_config=text_config,
-            vision_config=vision_tower.config,
-            image_token_id=image_token_id,
-            **config_overrides,
-        )
-        # Not `.to(dtype)`: the rotary frequencies stay in float32, as in the language model.
-        model = cls._from_config(config, dtype=dtype)
-        drop_unused_head(vision_tower)
-        # A pooler for example may be missing: it is dropped.
-        vision_missing = {name.removeprefix("vision_model.") for name in vision_report["missing_keys"]}
-        missing = [
-            *sorted(text_report["missing_keys"]),
-            *sorted(vision_missing & vision_tower.state_dict().keys()),
-            *model.model.vision_tower.load_state_dict(vision_tower.state_dict(), strict=False).missing_keys,
-            *model.model.language_model.load_state_dict(language_model.model.state_dict(), strict=False).missing_keys,
-            *model.lm_head.load_state_dict(language_model.lm_head.state_dict(), strict=False).missing_keys,
-        ]
-        missing = [name for name in missing if ".cross_attention." not in name]
-        if missing:
-            raise ValueError(
-                f"text, vision: {len(missing)} weights are not in '{text}' or '{vision}', first '{missing[0]}'."
-            )
-        suppressed = model.generation_config.suppress_tokens
-        model.generation_config = language_model.generation_config
-        model.generation_config.suppress_tokens = suppressed
-        model.generation_config.eos_token_id = _with_end_of_turn(model.generation_config.eos_token_id, tokenizer)
-        return model.eval()
-
-
-def load_part(argument: str, name: str | os.PathLike, auto_class, **kwargs):
-    """`auto_class.from_pretrained`, whose failure is one ValueError that says what to do about `argument`."""
-    try:
-        return auto_class.from_pretrained(name, **kwargs)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{argument}: '{name}' could not be loaded; expected a folder with a saved model, or a Hub id that you may read "
-            f"(for a gated one accept its licence at https://huggingface.co/{name} and run `hf auth login`): "
-            f"{str(error).strip().splitlines()[0]}"
-        ) from error
-
-
-def _tokenizer(text: str | os.PathLike):
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(text)
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-
-
-def _with_end_of_turn(eos_token_id: int | list[int] | None, tokenizer) -> int | list[int] | None:
-    """What else ends an answer of a chat: a base model's own configuration knows the end of a text alone."""
-    ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
-    end_of_turn = None if tokenizer is None else tokenizer.get_vocab().get(END_OF_TURN)
-    return eos_token_id if end_of_turn is None or end_of_turn in ends else [*ends, end_of_turn]
-
-
-def _image_token_id(text: str | os.PathLike, text_config, tokenizer) -> int:
-    if tokenizer is None:
-        logger.warning(
-            f"'{text}' has no tokenizer: the last token of the vocabulary, {text_config.vocab_size - 1}, stands for pictures."
-        )
-        return text_config.vocab_size - 1
-    return reserved_image_token(tokenizer)[1]
-
-
-def reserved_image_token(tokenizer) -> tuple[str, int]:
-    """The first reserved special token of a Llama 3 tokenizer, as text and id: the vocabulary does not grow.
-
-    Raises:
-        ValueError: if the tokenizer reserves none; name a token of its vocabulary then.
-    """
-    added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
-    reserved = sorted((index, token) for token, index in added.items() if token.startswith("<|reserved_special_token_"))
-    if not reserved:
-        raise ValueError(
-            "image_token_id: the tokenizer has no `<|reserved_special_token_...|>`, expected the id of a token that stands "
-            "for a picture."
-        )
-    return reserved[0][1], reserved[0][0]
-
-
-def _check_image_count(tokens: int, images: int, image_indices: torch.Tensor | None) -> None:
-    if image_indices is not None:
-        if len(image_indices) != tokens:
-            raise ValueError(
-                f"image_indices: got {len(image_indices)}, expected one for each of {tokens} image tokens."
-            )
-        wrong = image_indices[(image_indices < 0) | (image_indices >= images)]
-        if len(wrong):
-            raise ValueError(f"image_indices: got {int(wrong[0])}, expected indices of the {images} images.")
-    elif tokens != images:
-        # The words at the end are those that the tests of transformers' models look for.
-        raise ValueError(
-            f"pixel_values: got {images} images for {tokens} image tokens in the text, expected as many: Image features and "
-            "image tokens do not match."
-        )
+        return model_from_backbones(cls, text, vision, image_token_id, dtype, config_overrides)
 
 
 def _check_cache(cache: Cache | None, batch: int) -> None:

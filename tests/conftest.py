@@ -11,7 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, logging
+from transformers import DynamicCache, PreTrainedTokenizerFast, StaticCache, logging
 
 from age_vlm import AgeVlmConfig, AgeVlmForConditionalGeneration, AgeVlmProcessor
 from age_vlm.processing import whole_image_processor
@@ -178,3 +178,14 @@ def row_alone():
         return alone
 
     return cut
+
+
+@pytest.fixture(scope="session")
+def make_cache():
+    """Kind and model -> an empty cache of that kind."""
+
+    def make(kind: str, model):
+        text = model.config.text_config
+        return DynamicCache(config=text) if kind == "dynamic" else StaticCache(config=text, max_cache_len=64)
+
+    return make

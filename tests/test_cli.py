@@ -1,8 +1,10 @@
 import os
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -232,12 +234,146 @@ def test_a_device_that_is_too_small(capsys, recipe, monkeypatch):
         capsys, ["train", str(recipe)], "CUDA out of memory; expected less than the device has: .*training.batch_size"
     )
 
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError, OSError, FileNotFoundError])
+def test_a_fault_of_ours_keeps_its_traceback(recipe, monkeypatch, error):
     def broken(options):
-        raise RuntimeError("no error of the user's")
+        raise error("no error of the user's")
 
     monkeypatch.setattr("age_vlm.cli._train", broken)
-    with pytest.raises(RuntimeError, match="no error of the user's"):
+    with pytest.raises(error, match="no error of the user's"):
         main(["train", str(recipe)])
+
+
+def test_debug_shows_where_an_error_comes_from(capsys):
+    for arguments in (
+        ["--debug", "train", "none.yaml"],
+        ["train", "--debug", "none.yaml"],
+        ["train", "none.yaml", "--debug"],
+    ):
+        assert main(arguments) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[0].startswith("Traceback") and lines[-1].startswith("age-vlm: recipe: 'none.yaml'")
+    assert main(["train", "none.yaml"]) == 2 and "Traceback" not in capsys.readouterr().err
+
+
+# Every option that names a file or folder: missing, of the other kind, unreadable, not to be written.
+
+
+@pytest.fixture
+def places(tmp_path, picture, recipe, checkpoint, tmp_path_factory):
+    base = tmp_path_factory.getbasetemp()
+    for folder in (tmp_path, Path(checkpoint).parent, base, base.parent):
+        folder.chmod(0o755)
+    tmp_path.chmod(0o777)
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "only.yaml").write_text("name: short\n")
+    to_dataset("train", 3).save_to_disk(tmp_path / "scenes")
+    for name in ("secret.yaml", "secret.png"):
+        (tmp_path / name).write_text("name: short\n")
+        (tmp_path / name).chmod(0)
+    for name in ("secret", "locked"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.yaml").write_text("name: short\n")
+    (tmp_path / "secret").chmod(0)
+    (tmp_path / "locked").chmod(0o555)
+    yield
+    (tmp_path / "secret").chmod(0o755)
+    (tmp_path / "locked").chmod(0o755)
+
+
+PLACES = [
+    ("train folder", "recipe: 'folder' is not a file"),
+    ("train secret.yaml", "recipe: 'secret.yaml' could not be read: Permission denied"),
+    ("train secret/a.yaml", "recipe: 'secret/a.yaml' could not be read: Permission denied"),
+    ("train recipe.yaml --output file", "run folder: 'file' exists"),
+    ("train recipe.yaml --output file/new", "run folder: 'file/new' cannot be a folder: .*file' is a file"),
+    ("train recipe.yaml --output locked/new", "run folder: 'locked/new' cannot be written: .* does not allow it"),
+    ("train recipe.yaml --output secret/new", "run folder: 'secret/new' could not be read: Permission denied"),
+    ("demo --output locked/new", "run folder: 'locked/new' cannot be written"),
+    ("demo --output file/new --resume", "run folder: 'file/new' cannot be a folder"),
+    ("train recipe.yaml model.checkpoint=folder", "model.checkpoint: 'folder' could not be loaded"),
+    ("train recipe.yaml model.checkpoint=file", "model.checkpoint: 'file' could not be loaded"),
+    ("train recipe.yaml model.checkpoint=secret", "model.checkpoint: 'secret' could not be loaded"),
+    ("train recipe.yaml 'model={text: none/here, vision: none/here}'", "text: 'none/here' could not be loaded"),
+    ("train recipe.yaml 'model={text: folder, vision: folder}'", "text: 'folder' could not be loaded"),
+    ("train recipe.yaml 'data={kind: dataset, path: file}'", "data.path: 'file' .*cannot be loaded"),
+    ("train recipe.yaml 'data={kind: dataset, path: folder}'", "data.path: 'folder' .*cannot be loaded"),
+    ("train recipe.yaml 'data={kind: dataset, path: secret}'", "data.path: 'secret' .*cannot be loaded"),
+    (
+        "train recipe.yaml 'data={kind: label_maps, images: file, labels: folder, classes: [a]}'",
+        "images must be a folder",
+    ),
+    (
+        "train recipe.yaml 'data={kind: label_maps, images: folder, labels: none, classes: [a]}'",
+        "labels must be a folder",
+    ),
+    (
+        "train recipe.yaml 'data={kind: label_maps, images: secret, labels: folder, classes: [a]}'",
+        "images: 'secret' could not be read",
+    ),
+    ("train recipe.yaml 'model.config={image_visibility: all}'", "image_visibility: got 'all'"),
+    ("pipeline none --output new", "recipes: 'none' is not a folder"),
+    ("pipeline file --output new", "recipes: 'file' is not a folder"),
+    ("pipeline secret --output new", "recipes: 'secret' could not be read: Permission denied"),
+    ("pipeline recipes --output file", "only: run folder: 'file/only' cannot be a folder"),
+    ("pipeline recipes --output locked", "only: run folder: 'locked/only' cannot be written"),
+    ("plan none.yaml", "recipe: 'none.yaml' is not a file"),
+    ("plan folder", "recipes: 'folder' has no YAML files"),
+    ("plan secret", "recipes: 'secret' could not be read"),
+    ("plan secret.yaml", "recipe: 'secret.yaml' could not be read"),
+    ("plan recipe.yaml --json none/plan.json", "--json: 'none/plan.json' is not in a folder that exists"),
+    ("plan recipe.yaml --json folder", "--json: 'folder' is a folder"),
+    ("plan recipe.yaml --json locked/plan.json", "--json: 'locked/plan.json' cannot be written"),
+    ("plan recipe.yaml model.checkpoint=file", "model.checkpoint: 'file' could not be read"),
+    ("plan recipe.yaml 'model={text: none/here, vision: none/here}'", "model.text: 'none/here' could not be loaded"),
+    ("plan recipe.yaml 'model.config={image_visibility: all}'", "image_visibility: got 'all'"),
+    ("ground none --teacher annotated", "data: 'none' .* cannot be loaded"),
+    ("ground file --teacher annotated", "data: 'file' .* cannot be loaded"),
+    ("ground secret --teacher annotated", "data: 'secret' .* cannot be loaded"),
+    ("ground scenes --teacher sam2-transformers --model secret", "model: 'secret' cannot be loaded"),
+    ("ground scenes --teacher sam2-transformers --model file", "model: 'file' cannot be loaded"),
+    ("ground scenes --teacher annotated --output file", "output: 'file' cannot be a folder"),
+    ("ground scenes --teacher annotated --output file/new", "output: 'file/new' cannot be a folder"),
+    ("ground scenes --teacher annotated --output locked/new", "output: 'locked/new' cannot be written"),
+    ("ask x --image folder", "images: 'folder' is not a file"),
+    ("ask x --image secret.png", "images: 'secret.png' .*Permission denied"),
+    ("ask x --image picture.png --model file", "model: 'file' could not be loaded"),
+    ("ask x --image picture.png --model secret", "model: 'secret' could not be loaded"),
+    ("ask x --image picture.png --overlay folder", "--overlay: 'folder' is a folder"),
+    ("ask x --image picture.png --overlay locked/o.png", "--overlay: 'locked/o.png' cannot be written"),
+    ("ask x --image picture.png --overlay o.txt", "--overlay: got 'o.txt', expected the name of an image"),
+]
+
+
+@pytest.mark.parametrize("line, words", PLACES)
+def test_what_is_wrong_with_a_place_is_one_sentence(capsys, places, checkpoint, line, words):
+    arguments = shlex.split(line)
+    if arguments[0] == "ask" and "--model" not in arguments:
+        arguments += ["--model", checkpoint]
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)  # what is not to be read is read by root
+    try:
+        refused(capsys, arguments, words)
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+def test_names_are_printed_as_they_are(capsys, scenes, recipe, tmp_path):
+    name = "[bold]out[1]:smile:"
+    assert main(["ground", scenes, "--teacher", "annotated", "--output", name]) == 0
+    printed = capsys.readouterr().out
+    assert f"Report: {name}/report.html" in printed and f'load_dataset("{name}", split="train")' in printed
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "[red]a.yaml").write_text("name: '[dim]short'\n")
+    assert main(["pipeline", "recipes", *SHORT, "--output", name + "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "[red]a: started" in printed and f"Checkpoint: {name}2/[red]a/checkpoint" in printed
+    assert re.search(r"figure .* \[red\]a", printed)
 
 
 def test_train_without_a_recipe(capsys):

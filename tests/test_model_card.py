@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from transformers import (
 )
 
 from age_vlm import AgeVlmConfig, AgeVlmForConditionalGeneration, AgeVlmProcessor
+from age_vlm.data.mix import Mix
 from age_vlm.data.sources import DataSource
 from age_vlm.hub import save_checkpoint
 from age_vlm.model_card import ANY_QUESTION, THIS_REPOSITORY, config_parts, is_hub_id, model_card, parts_card
@@ -68,7 +70,7 @@ def test_figures_are_a_table_with_a_column_a_row_of_figures():
 def test_backbones_of_the_hub_bring_their_own_terms():
     names = ["meta-llama/Llama-3.2-1B", "timm/convnext"]
     card = ModelCard(card_of(Recipe(model=ModelRecipe(text=names[0], vision=names[1]))))
-    assert card.data.license == "other" and card.data.base_model == names
+    assert card.data.license == "unknown" and card.data.base_model == names, "nothing can be asked here"
     assert "all weights from random values" not in card.text
 
 
@@ -123,10 +125,12 @@ def built(backbones):
 
 
 def test_a_model_from_parts_names_them_and_their_licences(built, backbones, tmp_path):
-    built.save_pretrained(tmp_path)
-    for model in (built, AgeVlmForConditionalGeneration.from_pretrained(tmp_path)):
-        names = [part.name for part in config_parts(model.config)]
-        assert names == [str(backbones["text"]), str(backbones["vision"])]
+    processor = AgeVlmProcessor.from_backbones(**backbones)
+    assert [part.name for part in config_parts(built.config)] == [str(backbones["text"]), str(backbones["vision"])]
+    built.save_pretrained(tmp_path / "plain")
+    processor.save_pretrained(tmp_path / "plain")
+    saved = save_checkpoint(built, processor, tmp_path / "saved", parts_card(built))
+    for model in (built, AgeVlmForConditionalGeneration.from_pretrained(saved)):
         card = ModelCard(parts_card(model))
         assert card.data.pipeline_tag == "image-text-to-text" and card.data.library_name == "transformers"
         assert card.data.license == "other" and card.data.license_name == "that-of-its-parts"
@@ -135,15 +139,22 @@ def test_a_model_from_parts_names_them_and_their_licences(built, backbones, tmp_
         assert "| vision encoder | a local folder | apache-2.0 |" in card.text
         assert str(backbones["text"]) not in card.text
         assert "Every gate is closed" in card.text
+    # Where something lay on this machine is in no file of what others get, however it is saved.
+    for file in [*(tmp_path / "plain").iterdir(), *saved.iterdir()]:
+        for folder in (*backbones.values(), tmp_path):
+            assert str(folder).encode() not in file.read_bytes(), file
+    again = AgeVlmForConditionalGeneration.from_pretrained(tmp_path / "plain")
+    assert ModelCard(parts_card(again)).data.license == "unknown"
+    assert [part.license for part in config_parts(again.config)] == [None, None]
 
 
 def test_parts_of_the_hub_are_its_base_models(built, hub_cache):
     built.config.text_config.name_or_path, built.config.vision_config.name_or_path = "some/llama", "some/encoder"
     card = ModelCard(parts_card(built))
-    assert card.data.base_model == ["some/llama", "some/encoder"] and card.data.license == "other"
+    assert card.data.base_model == ["some/llama", "some/encoder"] and card.data.license == "unknown"
     assert "[some/llama](https://huggingface.co/some/llama) | not known: see its card |" in card.text
     hub_cache("some/llama", {"README.md": "---\nlicense: mit\n---\n"})
-    assert ModelCard(parts_card(built)).data.license == "other", "of one the licence is not known"
+    assert ModelCard(parts_card(built)).data.license == "unknown", "of one the licence is not known"
     hub_cache("some/encoder", {"README.md": "---\nlicense: mit\n---\n"})
     card = ModelCard(parts_card(built))
     assert card.data.license == "mit" and card.data.license_name is None
@@ -153,7 +164,7 @@ def test_parts_of_the_hub_are_its_base_models(built, hub_cache):
 def test_open_gates_and_random_beginnings_are_told_apart(make_model):
     card = ModelCard(parts_card(make_model()))
     assert "Every gate is closed" not in card.text
-    assert card.data.license == "apache-2.0" and "## Parts" not in card.text
+    assert card.data.license == "unknown" and "## Parts" not in card.text
     assert "layers 1, 3, counted from 0" in card.text
 
 
@@ -162,7 +173,80 @@ def test_a_recipe_that_goes_on_from_a_checkpoint_keeps_its_parts(built):
     recipe = Recipe(model=ModelRecipe(checkpoint="runs/before/checkpoint"))
     built.config.text_config.name_or_path = "some/llama"
     card = ModelCard(model_card(recipe, METRICS, ENVIRONMENT, source, built.config))
-    assert card.data.base_model == ["some/llama"] and card.data.license == "other"
+    assert card.data.base_model == ["some/llama"] and card.data.license == "unknown"
+
+
+def test_the_licence_is_that_of_all_it_was_trained_on(tmp_path):
+    def licence(**sections):
+        return ModelCard(card_of(Recipe(**sections))).data.license
+
+    def stored(name, text):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "README.md").write_text(f"---\n{text}\n---\n")
+        return DataRecipe(kind="dataset", path=str(tmp_path / name))
+
+    photographs = {"kind": "label_maps", "images": "a", "labels": "b", "classes": ["sky", "road"]}
+    assert licence() == "apache-2.0", "drawn scenes are ours"
+    assert licence(data=DataRecipe(**photographs)) == "unknown"
+    assert licence(data=DataRecipe(**photographs, license="cc-by-4.0")) == "cc-by-4.0"
+    mit, listed = stored("mit", "license: mit"), stored("listed", "license: [mit]")
+    for data, told in ((mit, "mit"), (listed, "mit"), (stored("none", "tags: [x]"), "unknown")):
+        assert licence(data=data) == told
+    assert licence(data=stored("said", "license: unknown")) == "unknown"
+    assert licence(data=DataRecipe(kind="dataset", path="some/where")) == "unknown"
+    assert licence(data=mit, mix=[listed]) == "mit" and licence(data=mit, mix=[DataRecipe()]) == "other"
+    assert licence(mix=[DataRecipe(**photographs)]) == "unknown"
+
+
+def test_a_model_that_goes_on_from_another_has_its_licence_too(tmp_path):
+    source = DataSource(train=[], validation=[], test=[], texts=list)
+    config = AgeVlmConfig()
+    config.name_or_path = str(tmp_path)
+    for text, told in (
+        ("license: cc-by-4.0", "other"),
+        ("license: apache-2.0", "apache-2.0"),
+        ("tags: [x]", "unknown"),
+    ):
+        (tmp_path / "README.md").write_text(f"---\n{text}\n---\n")
+        recipe = Recipe(model=ModelRecipe(checkpoint="previous"))
+        assert ModelCard(model_card(recipe, METRICS, ENVIRONMENT, source, config)).data.license == told
+
+
+def test_no_path_of_this_machine_is_on_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some" / "llama").mkdir(parents=True)
+    here = str(tmp_path)
+    photographs = DataRecipe(
+        kind="label_maps", images="some/pictures", labels=f"{here}/labels", instances="../instances", classes=["sky"]
+    )
+    recipes = [
+        Recipe(model=ModelRecipe(text=f"{here}/text", vision="some/llama"), data=photographs),
+        Recipe(model=ModelRecipe(checkpoint=f"{here}/before"), data=DataRecipe(kind="dataset", path=f"{here}/data")),
+        Recipe(
+            data=photographs, mix=[DataRecipe(kind="dataset", path="~/data"), DataRecipe(kind="dataset", path="./x")]
+        ),
+        Recipe(model=ModelRecipe(config={"text_config": {"_name_or_path": "some/llama", "name": f"{here}/x"}})),
+    ]
+    for recipe in recipes:
+        text = card_of(recipe)
+        for path in (here, "some/", "../", "~/", "./x"):
+            assert path not in text.replace("https://", ""), path
+        assert "a local folder" in text
+    kept = card_of(
+        Recipe(model=ModelRecipe(text="a/llama", vision="an/encoder"), data=DataRecipe(kind="dataset", path="b/c"))
+    )
+    assert "text: a/llama" in kept and "path: b/c" in kept and "It was trained on b/c" in kept
+
+
+def test_samples_are_counted_once_however_often_they_are_drawn():
+    def stated(train):
+        source = DataSource(train=train, validation=[], test=[], texts=list)
+        return int(re.search(r"(\d+) training samples", model_card(Recipe(), METRICS, {}, source, AgeVlmConfig()))[1])
+
+    parts = [["a", "b"], ["c"] * 500]
+    assert stated(Mix(parts, [1, 1], length=40)) == 22, "both of the first, 20 of the second"
+    assert stated(Mix(parts, [1, 1], length=2)) == 2
+    assert stated(["a", "b", "c"]) == 3
 
 
 def test_folders_are_not_taken_for_repositories(tmp_path, monkeypatch):

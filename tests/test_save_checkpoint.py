@@ -5,9 +5,11 @@ import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
@@ -22,7 +24,8 @@ from transformers import (
 )
 
 from age_vlm import AgeVlmForConditionalGeneration, AgeVlmModel, hub
-from age_vlm.hub import load_checkpoint, save_checkpoint
+from age_vlm.hub import load_checkpoint, save_adapter, save_checkpoint
+from age_vlm.training.lora import lora_config
 
 
 def content(folder):
@@ -38,8 +41,6 @@ def test_a_saved_checkpoint_is_whole_and_alone(make_model, processor, tmp_path):
     for name, value in model.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[name]), name
     assert loaded_processor.chat_template == processor.chat_template
-    assert os.stat(folder).st_mode & 0o055 == 0o055  # others may read it, as with any folder
-    assert all(os.stat(file).st_mode & 0o044 == 0o044 for file in folder.iterdir())
 
 
 def test_a_checkpoint_replaces_the_one_before(make_model, processor, tmp_path):
@@ -48,7 +49,7 @@ def test_a_checkpoint_replaces_the_one_before(make_model, processor, tmp_path):
     (tmp_path / "checkpoint" / "stale.txt").write_text("of the first")
     save_checkpoint(make_model(seed=2), processor, tmp_path / "checkpoint")
     second = content(tmp_path)
-    assert "checkpoint/stale.txt" not in second and "checkpoint/README.md" not in second
+    assert second["checkpoint/stale.txt"] == b"of the first" and "checkpoint/README.md" not in second
     assert first["checkpoint/model.safetensors"] != second["checkpoint/model.safetensors"]
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
@@ -96,11 +97,8 @@ def test_no_space_left_leaves_the_checkpoint_before_byte_for_byte(make_model, pr
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
-class Refused:
+class Refused(type(Path())):
     """A folder whose move into place fails, as on a file system that went away."""
-
-    def __init__(self, error):
-        self.error = error
 
     def rename(self, target):
         raise self.error
@@ -111,10 +109,87 @@ def test_a_move_that_fails_puts_the_checkpoint_before_back(tmp_path, error):
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     (folder / "weights").write_bytes(b"before")
+    new = Refused(tmp_path / "new")
+    new.mkdir()
+    new.error = error
     with pytest.raises(type(error)):
-        hub._swap(Refused(error), folder)
-    assert content(tmp_path) == {"checkpoint/weights": b"before"}
+        hub._swap(new, folder)
+    assert content(folder) == {"weights": b"before"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "new"]
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o022, 0o002])
+def test_modes_are_those_of_any_file_and_folder(make_model, processor, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        folder = save_checkpoint(make_model(), processor, tmp_path / "deep" / "checkpoint", "# the card")
+        adapter = save_adapter(get_peft_model(make_model(), lora_config()), tmp_path / "adapter")
+    finally:
+        os.umask(before)
+    for path in (folder.parent, folder, adapter):
+        assert path.stat().st_mode & 0o777 == 0o777 & ~umask
+    files = [*folder.iterdir(), *adapter.iterdir()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
+
+
+def test_files_that_are_no_part_of_a_checkpoint_outlast_it(make_model, processor, tmp_path):
+    folder = save_checkpoint(make_model(), processor, tmp_path / "checkpoint")
+    kept = {
+        ".git/config": b"a clone",
+        ".env": b"KEY=1",
+        "notes.txt": b"by hand",
+        "notes/deep/more.txt": b"more",
+        "mine.safetensors": b"other weights",
+    }
+    for name, text in kept.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(text)
+    (folder / "link").symlink_to("nowhere")
+    (folder / "model-00001-of-00002.safetensors").write_bytes(b"an earlier shard")
+    (folder / ".env").chmod(0o600)
+    for seed in (1, 2):
+        save_checkpoint(make_model(seed=seed), processor, folder)
+    assert {name: content(folder).get(name) for name in kept} == kept
+    assert os.readlink(folder / "link") == "nowhere" and (folder / ".env").stat().st_mode & 0o777 == 0o600
+    assert not (folder / "model-00001-of-00002.safetensors").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_file_is_not_replaced_by_a_checkpoint(make_model, processor, tmp_path):
+    (tmp_path / "thesis.pdf").write_bytes(b"years of work")
+    with pytest.raises(ValueError, match="could not be written"):
+        save_checkpoint(make_model(), processor, tmp_path / "thesis.pdf")
+    assert content(tmp_path) == {"thesis.pdf": b"years of work"}
+
+
+def test_what_a_killed_process_left_is_cleared_and_nothing_lost(tmp_path):
+    folder, old = tmp_path / "checkpoint", tmp_path / ".checkpoint.old.abcd0123.part"
+    others = [tmp_path / ".checkpoint.abc", tmp_path / ".checkpoint.old.part", tmp_path / ".git"]
+    for path in (old, tmp_path / ".checkpoint.abcd0123.part", *others):
+        path.mkdir()
+        (path / "notes.txt").write_text(path.name)
+    hub.recover_checkpoint(folder)
+    assert (folder / "notes.txt").read_text() == old.name
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["checkpoint", *(path.name for path in others)])
+
+
+def test_an_adapter_finds_its_base_and_does_not_say_where_it_lies(make_model, processor, tmp_path):
+    base = save_checkpoint(make_model(), processor, tmp_path / "base")
+    adapted = get_peft_model(load_checkpoint(base)[0], lora_config())
+    adapter = save_checkpoint(adapted, processor, tmp_path / "deep" / "adapter")
+    assert not [path for path in adapter.iterdir() if str(tmp_path).encode() in path.read_bytes()]
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == "../../base"
+    model, _ = load_checkpoint(adapter)
+    assert torch.equal(model.state_dict()[GATE], make_model().state_dict()[GATE])
+    # A base that has nothing but the root of the disk in common, and one of the Hub.
+    for name, told in (("/proc", None), ("some/model", "some/model")):
+        adapted.peft_config["default"].base_model_name_or_path = name
+        settings = json.loads((save_adapter(adapted, tmp_path / "other") / "adapter_config.json").read_text())
+        assert settings["base_model_name_or_path"] == told
+    (tmp_path / "other" / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": None}))
+    with pytest.raises(ValueError, match="it is an adapter that does not name its base model"):
+        load_checkpoint(tmp_path / "other")
 
 
 def test_a_place_that_cannot_be_written_is_one_sentence(make_model, processor, tmp_path):

@@ -14,7 +14,8 @@ from .analysis.overlay import overlay_sheet
 from .data.chat import ChatEncoder
 from .data.collator import token_grid_size
 from .data.schema import assistant_message, user_message
-from .errors import UserError
+from .errors import UserError, checkpoint_errors
+from .evaluation.answers import generate_texts
 from .evaluation.attention import chosen_heads, picture_attention
 from .hub import load_checkpoint
 from .modeling_agevlm import AgeVlmForConditionalGeneration
@@ -67,7 +68,10 @@ def ask(
     """
     if not question.strip():
         raise UserError("question: got an empty text, expected a question.")
-    picture = load_rgb(image)
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens: got {max_new_tokens}, expected at least 1.")
+    with checkpoint_errors():
+        picture = load_rgb(image)
     if not isinstance(picture, PIL.Image.Image):
         picture = PIL.Image.fromarray(picture.permute(1, 2, 0).to(torch.uint8).numpy())
     prompt = [user_message(question, images=1)]
@@ -75,8 +79,7 @@ def ask(
     inputs = processor(images=picture, text=text, return_tensors="pt", add_special_tokens=False)
     inputs.pop("token_type_ids", None)
     inputs = inputs.to(model.device)
-    generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    answer = processor.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    answer = generate_texts(model, processor, inputs, max_new_tokens)[0]
 
     chat = ChatEncoder(processor)([*prompt, assistant_message(answer)])
     named = []

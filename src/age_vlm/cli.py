@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from .errors import UserError
+from .errors import UserError, check_new_file, run_command, writing
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; a user's error is one sentence on standard error and exit code 2."""
+    """Runs one command, see `run_command`."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse takes the overrides that stand before the first option only.
@@ -20,35 +21,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.overrides += rest
-    try:
-        options.run(options)
-    except ValueError as error:
-        print(f"age-vlm: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        # Errors of libraries that call themselves one have a sentence instead of a number.
-        said = error.strerror or " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        print(f"age-vlm: {error.filename or 'a file'} could not be written or read: {said}.", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
-            raise
-        said = str(error).partition(". ")[0]
-        print(
-            f"age-vlm: {said}; expected less than the device has: lower training.batch_size or turn on "
-            "training.gradient_checkpointing; `age-vlm plan` says what fits.",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return run_command("age-vlm", lambda: options.run(options), debug=options.debug)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="age-vlm", description="Small vision-language models that look at what they name."
     )
+    parser.add_argument("--debug", action="store_true", help="show where in the code an error comes from")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="train, evaluate and report on drawn scenes (about 10 minutes on 2 cores)")
@@ -109,6 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--overlay", help="write the picture with the attention of each content word here (PNG)")
     ask.add_argument("--max-new-tokens", type=int, default=64)
     ask.set_defaults(run=_ask)
+    for command in commands.choices.values():
+        # Without a default, which would undo one that stands before the command.
+        command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
 
 
@@ -127,9 +110,7 @@ def _run(recipe_path, options: argparse.Namespace, output: str | None) -> None:
     recipe = load_recipe(recipe_path, options.overrides)
     folder = Path(output or Path("runs") / recipe.name)
 
-    from rich.console import Console
-    from rich.table import Table
-
+    from .console import plain_console, plain_table
     from .training.pipeline import run_recipe, table_rows
     from .training.processes import is_main, leave
 
@@ -137,10 +118,10 @@ def _run(recipe_path, options: argparse.Namespace, output: str | None) -> None:
     leave()
     if not is_main():
         return
-    table = Table("figure", *metrics, title=f"{recipe.name}, test part, seed {recipe.seed}")
+    table = plain_table(["figure", *metrics], title=f"{recipe.name}, test part, seed {recipe.seed}")
     for row in table_rows(metrics):
         table.add_row(row["figure"], *(f"{row[name]:.3f}" if name in row else "-" for name in metrics))
-    console = Console()
+    console = plain_console()
     console.print(table)
     console.print(f"Report: {folder / 'report.html'}", f"Checkpoint: {folder / 'checkpoint'}", sep="\n", soft_wrap=True)
 
@@ -150,19 +131,17 @@ def _pipeline(options: argparse.Namespace) -> None:
 
     stages = load_stages(options.recipes, options.overrides)
 
-    from rich.console import Console
-    from rich.table import Table
-
+    from .console import plain_console, plain_table
     from .training.pipeline import table_rows
     from .training.processes import is_main, leave
     from .training.stages import run_stages
 
-    console = Console(quiet=not is_main())
+    console = plain_console(quiet=not is_main())
     figures = run_stages(
         stages, options.output, on_stage=lambda name, state: console.print(f"{name}: {state}", soft_wrap=True)
     )
     leave()
-    table = Table("figure", *figures, title="test part of each recipe's own data")
+    table = plain_table(["figure", *figures], title="test part of each recipe's own data")
     for row in table_rows(figures):
         table.add_row(row["figure"], *(f"{row[name]:.3f}" if name in row else "-" for name in figures))
     console.print(table)
@@ -183,17 +162,14 @@ def _plan(options: argparse.Namespace) -> None:
         price=options.price,
         overhead=options.overhead,
     )
-    if options.json and not Path(options.json).absolute().parent.is_dir():
-        raise UserError(f"--json: '{options.json}' is not in a folder that exists.")
+    if options.json:
+        check_new_file("--json", options.json)
     made = plans(options.recipe, options.overrides, hardware, length=options.length)
 
-    import json
-
-    from rich.console import Console
-
+    from .console import plain_console
     from .whole_files import write_whole
 
-    console = Console()
+    console = plain_console()
     console.print(plan_table(made))
     for name, plan in made.items():
         console.print(f"{name}: {plan.text}.", soft_wrap=True, highlight=False)
@@ -206,7 +182,8 @@ def _plan(options: argparse.Namespace) -> None:
         highlight=False,
     )
     if options.json:
-        write_whole(Path(options.json), json.dumps({name: plan.to_dict() for name, plan in made.items()}, indent=2))
+        with writing("--json", options.json):
+            write_whole(Path(options.json), json.dumps({name: plan.to_dict() for name, plan in made.items()}, indent=2))
 
 
 def _ground(options: argparse.Namespace) -> None:
@@ -221,10 +198,9 @@ def _ground(options: argparse.Namespace) -> None:
     if summary is None:
         return
 
-    from rich.console import Console
-    from rich.table import Table
+    from .console import plain_console, plain_table
 
-    table = Table("samples and phrases", "number", title=f"masks by {options.teacher}")
+    table = plain_table(["samples and phrases", "number"], title=f"masks by {options.teacher}")
     table.add_row("samples written", f"{summary.samples:,}")
     table.add_row("phrases with a mask", f"{summary.phrases:,}")
     for kind, left_out in (("samples", summary.left_out_samples), ("phrases", summary.left_out_phrases)):
@@ -232,22 +208,29 @@ def _ground(options: argparse.Namespace) -> None:
             table.add_row(f"{kind} left out: {reason}", f"{count:,}")
     if summary.iou is not None:
         table.add_row("mean IoU with the masks of the data", f"{summary.iou:.3f}")
-    console = Console()
+    console = plain_console()
     console.print(table)
-    load = f'datasets.load_dataset("{summary.folder}", split="train")'
+    load = f'datasets.load_dataset({json.dumps(str(summary.folder), ensure_ascii=False)}, split="train")'
     console.print(f"Report: {summary.report}", f"Load it with: {load}", sep="\n", soft_wrap=True, highlight=False)
 
 
 def _ask(options: argparse.Namespace) -> None:
-    from .ask import ask, load
+    import PIL.Image
 
-    if options.overlay and not Path(options.overlay).absolute().parent.is_dir():
-        raise UserError(f"--overlay: '{options.overlay}' is not in a folder that exists.")
+    from .ask import ask, load
+    from .whole_files import replaced
+
+    if options.overlay:
+        check_new_file("--overlay", options.overlay)
+        kind = PIL.Image.registered_extensions().get(Path(options.overlay).suffix.lower())
+        if kind not in PIL.Image.SAVE:
+            raise UserError(f"--overlay: got '{options.overlay}', expected the name of an image, such as where.png.")
     model, processor = load(options.model)
     answer = ask(model, processor, options.image, options.question, max_new_tokens=options.max_new_tokens)
     print(answer.text)
     if options.overlay:
-        answer.sheet(options.question).save(options.overlay)
+        with writing("--overlay", options.overlay), replaced(Path(options.overlay)) as file:
+            answer.sheet(options.question).save(file, kind)
 
 
 if __name__ == "__main__":

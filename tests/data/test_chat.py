@@ -182,7 +182,7 @@ def test_a_template_may_leave_a_message_out(tokenizer):
     template = (
         "{% for message in messages %}{% if message['role'] != 'system' %}[{{ message['role'] }}]"
         "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
-        "{% endif %}{% endfor %}"
+        "<|eot_id|>{% endif %}{% endfor %}"
     )
     processor = AgeVlmProcessor(whole_image_processor(32), tokenizer, chat_template=template)
     messages = [{"role": "system", "content": [{"type": "text", "text": "a zebra"}]}, *CHAT[2:]]
@@ -193,7 +193,7 @@ def test_a_template_may_leave_a_message_out(tokenizer):
 
 
 def test_a_template_that_changes_the_text_is_refused(tokenizer):
-    template = "{% for message in messages %}{{ message['content'][0]['text'] | CHANGE }}{% endfor %}"
+    template = "{% for message in messages %}{{ message['content'][0]['text'] | CHANGE }}<|eot_id|>{% endfor %}"
     for change in ("upper", "trim"):
         changed = template.replace("CHANGE", change)
         processor = AgeVlmProcessor(whole_image_processor(32), tokenizer, chat_template=changed)

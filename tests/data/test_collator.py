@@ -439,14 +439,14 @@ def test_packing_keeps_texts_pictures_and_phrases_together(processor, make_colla
 
 def test_the_first_token_of_a_text_is_not_learned_after_another_text(processor, grid):
     # Of a template that puts nothing in front of what the assistant says.
-    template = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
+    template = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}<|eot_id|>{% endfor %}"
     bare = AgeVlmProcessor(processor.image_processor, processor.tokenizer, chat_template=template)
     samples = [sample([assistant_message(text)], [], name=text) for text in ("a dog", "a cat", "a fox, a red one")]
     counts = [
         [int(AgeVlmCollator(bare, grid, packing=packing)(group)["labels"][:, 1:].ne(-100).sum()) for group in groups]
         for packing, groups in ((True, [samples]), (False, [[each] for each in samples]))
     ]
-    assert sum(counts[0]) == sum(counts[1]) == sum(len(each["id"]) - 1 for each in samples)
+    assert sum(counts[0]) == sum(counts[1]) == sum(len(each["id"]) for each in samples)
 
 
 def test_a_packed_sample_is_cut_and_refused_like_any(make_collator):

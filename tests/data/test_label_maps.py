@@ -7,16 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from age_vlm.data.label_map_items import class_prior, class_statistics, label_map_items
 from age_vlm.data.label_maps import (
     IGNORED,
     LabelMaps,
     LabelMapsDataset,
     caption,
-    class_prior,
-    class_statistics,
     count_question,
     existence_question,
-    label_map_items,
     label_map_sample,
 )
 from age_vlm.data.masks import decode_mask

@@ -1,10 +1,18 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from transformers.modeling_outputs import CausalLMOutput
 
 from age_vlm.data.questions import EvaluationItem, Question
+from age_vlm.data.scenes_tokenizer import build_word_tokenizer
+from age_vlm.errors import UserError
 from age_vlm.evaluation.answers import generate_answers, yes_scores
+from age_vlm.processing import AgeVlmProcessor, whole_image_processor
 
 
 def items_of(count, questions):
@@ -33,13 +41,14 @@ def one_by_one(processor):
 
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
 def test_scores_are_those_of_each_question_alone(model, processor, batch_size):
-    yes, no = (processor.tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("yes", "no"))
+    # Every byte is a token.
+    yes, no = ([processor.tokenizer.get_vocab()[letter] for letter in letters] for letters in ("yY", "nN"))
     scores = yes_scores(model, processor, ITEMS, batch_size=batch_size)
     assert len(scores) == 9
     with torch.no_grad():
         for name, inputs in one_by_one(processor):
             logits = model(**inputs).logits[0, -1]
-            assert scores[name] == pytest.approx(float(logits[yes] - logits[no]), abs=1e-3)
+            assert scores[name] == pytest.approx(float(logits[yes].logsumexp(0) - logits[no].logsumexp(0)), abs=1e-3)
 
 
 @pytest.mark.parametrize("batch_size", [2, 100])
@@ -63,3 +72,117 @@ def test_a_model_in_training_stays_in_training(make_model, processor):
 
 def test_nothing_asked_is_nothing_answered(model, processor):
     assert yes_scores(model, processor, []) == {} == generate_answers(model, processor, [])
+
+
+SPELLINGS = {
+    "byte BPE": [("yes", "no"), ("Yes", "No"), ("YES", "NO"), ("Ġyes", "Ġno"), ("ĠYes", "ĠNo"), ("Yes.", "No.")],
+    "sentencepiece": [("▁yes", "▁no"), ("▁Yes", "▁No"), ("yes", "no"), ("Yes", "No"), ("▁YES", "▁NO")],
+    "words": [("yes", "no")],
+}
+
+
+def merges_of(words):
+    """Merges that make each word, letter by letter, and every token on the way."""
+    pairs = [(word[:end], word[end]) for word in words for end in range(1, len(word))]
+    return list(dict.fromkeys(pairs)), [*dict.fromkeys("".join(pair) for pair in pairs)]
+
+
+def tokenizer_of(kind):
+    special = [
+        "<|reserved_special_token_0|>",
+        "<|begin_of_text|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eot_id|>",
+    ]
+    if kind == "words":
+        return build_word_tokenizer(["yes no dog is there a ?"])
+    # A blank is merged with the word before the word's own letters are.
+    words = sorted((word for pair in SPELLINGS[kind] for word in pair), key=lambda word: word[0] not in "Ġ▁")
+    merges, made = merges_of(words)
+    if kind == "byte BPE":
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    else:
+        letters = ["▁", *map(chr, range(33, 127)), "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = {token: number for number, token in enumerate(dict.fromkeys([*special, *letters, *made]))}
+    if kind == "byte BPE":
+        tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+        # Periods stay with the word here: some vocabularies have such tokens.
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel()
+    else:
+        tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens(special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>", pad_token="<|eot_id|>"
+    )
+
+
+class Says(torch.nn.Module):
+    """Gives these tokens these logits after every prompt, and all others the one of `other`."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, size, logits, other=-30.0):
+        super().__init__()
+        self.row = torch.full((size,), other)
+        for token, logit in logits.items():
+            self.row[token] = logit
+
+    def forward(self, input_ids, attention_mask, pixel_values, image_indices, logits_to_keep):
+        return CausalLMOutput(logits=self.row.repeat(len(input_ids), logits_to_keep, 1))
+
+
+PROMPTS = {"header": None, "blank": "### {}:", "bare": "[{}]", "blank at the end": "### {}: "}
+
+
+def processor_of(kind, prompt):
+    template = None
+    if PROMPTS[prompt] is not None:
+        start = PROMPTS[prompt].format("{{ message['role'] }}")
+        template = "{% for message in messages %}" + start + "{{ message['content'] }}<|eot_id|>{% endfor %}"
+        template += "{% if add_generation_prompt %}" + PROMPTS[prompt].format("assistant") + "{% endif %}"
+    return AgeVlmProcessor(whole_image_processor(32), tokenizer_of(kind), chat_template=template)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("kind, spelling", [(kind, pair) for kind, pairs in SPELLINGS.items() for pair in pairs])
+def test_whoever_says_yes_in_any_spelling_has_said_yes(kind, spelling, prompt):
+    processor = processor_of(kind, prompt)
+    vocabulary = processor.tokenizer.get_vocab()
+    for word, sign in zip(spelling, (1, -1)):
+        scores = yes_scores(Says(len(vocabulary), {vocabulary[word]: 5.0}), processor, ITEMS)
+        assert len(scores) == 9
+        for score in scores.values():
+            assert sign * score > 25, (word, score)
+
+
+def test_the_probabilities_of_all_spellings_add_up():
+    processor = processor_of("byte BPE", "header")
+    vocabulary = processor.tokenizer.get_vocab()
+    logits = {"yes": 1.0, "ĠYes": 2.0, "YES": 0.5, "No": 1.5, "Ġno": -1.0}
+    model = Says(len(vocabulary), {vocabulary[word]: logit for word, logit in logits.items()}, other=-1e4)
+    expected = math.log(math.exp(1.0) + math.exp(2.0) + math.exp(0.5)) - math.log(math.exp(1.5) + math.exp(-1.0))
+    for score in yes_scores(model, processor, ITEMS).values():
+        assert score == pytest.approx(expected, abs=1e-4)
+
+
+def test_what_begins_both_tells_nothing(processor):
+    """Every byte is a token: a blank begins " yes" and " no"."""
+    vocabulary = processor.tokenizer.get_vocab()
+    for said in ("Ġ", "e", "."):
+        model = Says(len(vocabulary), {vocabulary[said]: 9.0}, other=0.0)
+        assert set(yes_scores(model, processor, ITEMS).values()) == {0.0}
+
+
+def test_words_that_the_tokenizer_does_not_know_are_one_sentence():
+    known = build_word_tokenizer(["is there a dog ?"]).backend_tokenizer.to_str()
+    german = Tokenizer.from_str(known.replace('"yes"', '"ja"').replace('"no"', '"nein"'))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=german, unk_token="<unk>", eos_token="<|eot_id|>", pad_token="<unk>"
+    )
+    processor = AgeVlmProcessor(whole_image_processor(32), tokenizer)
+    with pytest.raises(UserError, match=r"^tokenizer: begins 'yes' and 'no' with the same tokens, expected .*\.$"):
+        yes_scores(Says(len(processor.tokenizer), {}), processor, ITEMS)

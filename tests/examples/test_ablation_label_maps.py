@@ -51,7 +51,7 @@ def words(tmp_path_factory) -> list[str]:
 def test_each_length_has_a_table_and_finished_runs_stay(example, words, tmp_path, monkeypatch, capsys):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["ablation_label_maps.py", *words, *map(str, arguments)])
-        example.main()
+        assert example.main() == 0
 
     work, output = tmp_path / "work", tmp_path / "output"
     work.mkdir()

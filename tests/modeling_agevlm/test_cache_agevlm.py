@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch._dynamo
-from transformers import CompileConfig, DynamicCache, QuantizedCache, StaticCache
+from transformers import CompileConfig, DynamicCache, GenerationConfig, QuantizedCache, StaticCache
 from transformers.utils import is_hqq_available
 
 from age_vlm.modeling_agevlm.cache_agevlm import ImageCacheLayerMixin
@@ -350,18 +350,35 @@ def test_pictures_that_do_not_fit_the_text_are_one_sentence(model, make_batch, c
         generated(model, {**make_batch((1, 1)), **change}, num_beams=beams)
 
 
-def test_an_answer_never_holds_a_picture(make_model, make_batch):
-    model, batch = make_model(text={"tie_word_embeddings": False}), make_batch((1, 0))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"suppress_tokens": None},
+        {"suppress_tokens": [40]},
+        {"num_beams": 2},
+        {"do_sample": True, "temperature": 0.1},
+        {"prompt_lookup_num_tokens": 2},
+        {"generation_config": GenerationConfig(max_new_tokens=NEW_TOKENS, eos_token_id=5)},
+        {"cache_implementation": "static", "disable_compile": True},
+    ],
+    ids=str,
+)
+def test_an_answer_never_holds_an_image_whatever_the_settings(make_model, make_batch, settings):
+    model, batch = make_model(text={"tie_word_embeddings": False}), make_batch((1,))
     with torch.no_grad():
         hidden = model.model(**batch).last_hidden_state[0, -1]
         model.lm_head.weight[IMAGE_TOKEN_ID] = 10 * hidden
-    assert model.generation_config.suppress_tokens == [IMAGE_TOKEN_ID]
-    assert (generated(model, batch, suppress_tokens=None) == IMAGE_TOKEN_ID).any()
-    assert not (generated(model, batch) == IMAGE_TOKEN_ID).any()
+        model.lm_head.weight[40] = 9 * hidden
+        assert model(**batch).logits[0, -1].argmax() == IMAGE_TOKEN_ID
+    model.generation_config = GenerationConfig(eos_token_id=5, pad_token_id=6)
+    answer = generated(model, batch, **settings)[0]
+    assert IMAGE_TOKEN_ID not in answer
+    assert (40 in answer) == (settings.get("suppress_tokens") != [40]), "what else the settings suppress stays so"
 
 
 def test_chunked_prefill_is_refused_with_pictures_and_right_without(model, make_batch):
-    with pytest.raises(ValueError, match="prefill_chunk_size: got 4 with pictures, expected None"):
+    with pytest.raises(ValueError, match="prefill_chunk_size: got 4 with images, expected None"):
         generated(model, make_batch((1, 1)), prefill_chunk_size=4)
     batch = make_batch((0, 0))
     assert torch.equal(generated(model, batch, prefill_chunk_size=4), generated(model, batch))

@@ -314,7 +314,7 @@ def answer(run: Run, rows: list) -> None:
 
     refused = None
     if case.chunk is not None and given:
-        refused = "prefill_chunk_size: got 3 with pictures"
+        refused = "prefill_chunk_size: got 3 with images"
     elif case.mode in ("prompt lookup", "assisted") and cache is not None:
         refused = "cache: got a cache of"
     if refused:

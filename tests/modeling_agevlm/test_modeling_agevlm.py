@@ -350,7 +350,8 @@ def test_loss_is_the_language_model_s(make_model, make_batch):
     model = make_model(cross_attention_gate_init=0.0)
     llama = language_model_of(model)
     batch = make_batch((1, 2))
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    ignored = (batch["attention_mask"] == 0) | (batch["input_ids"] == IMAGE_TOKEN_ID)
+    labels = batch["input_ids"].masked_fill(ignored, -100)
     text = {key: batch[key] for key in ("input_ids", "attention_mask")}
     for extra in ({}, {"num_items_in_batch": 5}, {"num_items_in_batch": torch.tensor(40)}):
         assert torch.equal(model(**batch, labels=labels, **extra).loss, llama(**text, labels=labels, **extra).loss)

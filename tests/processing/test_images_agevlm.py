@@ -6,7 +6,9 @@ import struct
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms
 
 from age_vlm.processing.images_agevlm import load_rgb
 
@@ -85,6 +87,129 @@ def test_sixteen_bits_are_scaled_not_clipped(picture, tmp_path):
     for image in (Image.fromarray(deep), tmp_path / "deep.png", deep, Image.fromarray(deep.astype(np.int32))):
         np.testing.assert_array_equal(rgb(image), expected)
     np.testing.assert_array_equal(rgb(picture.astype(np.uint16) * 257), picture.astype(float))
+
+
+def converted(picture: np.ndarray, mode: str) -> Image.Image:
+    """The picture in that mode: of modes without colour its first channel."""
+    gray = picture[..., 0]
+    if mode == "LAB":
+        profiles = (ImageCms.createProfile(name) for name in ("sRGB", "LAB"))
+        return ImageCms.profileToProfile(Image.fromarray(picture), *profiles, outputMode="LAB")
+    if mode in ("I;16", "I;16L", "I;16B", "I;16N"):
+        order = {"I;16B": ">u2", "I;16N": "=u2"}.get(mode, "<u2")
+        return Image.frombytes(mode, gray.shape[::-1], (gray.astype(np.uint16) * 257).astype(order).tobytes())
+    if mode == "1":
+        return Image.fromarray(gray > 127)
+    if mode in ("I", "F", "L"):
+        return Image.fromarray(gray.astype({"I": np.int32, "F": np.float32, "L": np.uint8}[mode]))
+    if mode in ("LA", "PA", "La"):
+        with_alpha = Image.fromarray(gray).convert("LA")
+        return with_alpha if mode == "LA" else with_alpha.convert(mode)
+    if mode == "RGBa":
+        return Image.fromarray(picture).convert("RGBA").convert("RGBa")
+    return Image.fromarray(picture).quantize(256) if mode == "P" else Image.fromarray(picture).convert(mode)
+
+
+@pytest.mark.parametrize("mode", [mode for mode in Image.MODES if not mode.startswith("BGR")])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_every_mode_of_pillow_is_the_picture(picture, mode, orientation):
+    image = converted(picture, mode)
+    assert image.mode == mode or (mode == "I;16L" and image.mode == "I;16") or mode == "I;16N"
+    image.getexif()[0x0112] = orientation
+    expected = picture.astype(float)
+    if (mode[0] in "1LIF" and mode != "LAB") or mode == "PA":
+        expected = np.repeat(expected[..., :1], 3, -1)
+    if mode == "1":
+        expected = (expected > 127) * 255.0
+    if orientation == 6:
+        expected = np.rot90(expected, -1)
+    np.testing.assert_allclose(rgb(image), expected, atol={"LAB": 24, "HSV": 6, "YCbCr": 3, "CMYK": 2}.get(mode, 0))
+
+
+def test_lab_is_read_by_its_definition():
+    """Values of the CIE: black, middle gray, white, sRGB's red and blue."""
+    lab = np.array([[0, 0, 0], [53.6, 0, 0], [100, 0, 0], [54.3, 80.8, 69.9], [29.6, 68.3, -112.0]])
+    stored = np.stack([lab[:, 0] * 2.55, lab[:, 1], lab[:, 2]], 1).round().astype(np.int16).astype(np.uint8)
+    image = Image.frombytes("LAB", (5, 1), stored.tobytes())
+    expected = [[0, 0, 0], [128, 128, 128], [255, 255, 255], [255, 0, 0], [0, 0, 255]]
+    np.testing.assert_allclose(rgb(image)[0], expected, atol=24)
+
+
+def test_transparency_of_every_mode(picture, tmp_path):
+    gray = picture[..., 0].copy()
+    gray[0, 0], gray[1, 1] = 77, 77
+    hidden = gray == 77
+    expected = np.where(hidden, 255, gray)[..., None].repeat(3, -1).astype(float)
+    Image.fromarray(gray).save(tmp_path / "8.png", transparency=77)
+    Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "16.png", transparency=77 * 257)
+    for depth in ("8", "16"):
+        np.testing.assert_array_equal(rgb(tmp_path / f"{depth}.png"), expected)
+    alpha = Image.merge("LA", (Image.fromarray(gray), Image.fromarray(np.where(hidden, 0, 255).astype(np.uint8))))
+    for mode in ("LA", "La", "PA", "RGBA", "RGBa"):
+        middle = alpha.convert("RGBA") if mode == "RGBa" else alpha
+        image = middle.convert(mode)
+        if mode == "PA":  # to which Pillow takes no alpha
+            image.putalpha(alpha.getchannel("A"))
+        np.testing.assert_array_equal(rgb(image), expected)
+    palette = alpha.convert("RGBA").quantize(256)
+    np.testing.assert_allclose(rgb(palette), expected, atol=8)
+    black_and_white = Image.fromarray(gray > 127)
+    black_and_white.save(tmp_path / "1.png", transparency=0)
+    assert (rgb(tmp_path / "1.png") == 255).all()
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_deep_values_that_are_no_picture_are_one_sentence(mode):
+    for value in (-140, 70_000):
+        pixels = np.array([[0, 100], [200, value]], {"I": np.int32, "F": np.float32}[mode])
+        with pytest.raises(ValueError, match=f"^images: got values from .*{value}.*, expected 0 to 1 or 0 to 255.$"):
+            load_rgb(Image.fromarray(pixels))
+
+
+def test_float_files_from_0_to_1(picture, tmp_path):
+    gray = picture[..., 0]
+    Image.fromarray(gray.astype(np.float32) / 255).save(tmp_path / "unit.tif")
+    np.testing.assert_array_equal(rgb(tmp_path / "unit.tif"), np.repeat(gray[..., None], 3, -1).astype(float))
+
+
+NUMBERS = ["bool", "u1", "i1", "<u2", ">u2", "<i2", ">i4", "<u4", "<u8", "<i8", "<f2", ">f4", "<f8", "longdouble"]
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_arrays_of_every_type_of_number(kind):
+    gray = np.array([[0, 1, 100], [127, 3, 60]], np.uint8)
+    expected = gray.astype(float)
+    if kind == "bool":
+        gray, expected = gray > 50, (gray > 50) * 255.0
+    array = (gray.astype(int) * 257 if kind[1:] == "u2" else gray).astype(kind)
+    np.testing.assert_array_equal(rgb(array)[..., 1], expected)
+    native = array.astype(array.dtype.newbyteorder("="))
+    if kind != "longdouble":
+        np.testing.assert_array_equal(rgb(torch.from_numpy(native))[..., 1], expected)
+
+
+@pytest.mark.parametrize("container", [np.array, torch.tensor, lambda values: Image.fromarray(np.float32(values))])
+@pytest.mark.parametrize("top", [1.0000001, 1.02, 1.2])
+@pytest.mark.parametrize("low", [0.0, -1e-7, -0.02, -0.2])
+def test_what_interpolation_overshoots_is_clipped(container, top, low):
+    got = rgb(container([[low, 0.5], [0.25, top]]))
+    np.testing.assert_array_equal(got[..., 0], [[0, 128], [64, 255]])
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["bicubic", "bilinear"]), st.sampled_from([1.0, 255.0]))
+@settings(max_examples=40, deadline=None)
+def test_a_resized_picture_is_as_bright_as_it_was(seed, mode, top):
+    generator = torch.Generator().manual_seed(seed)
+    picture = (torch.rand(1, 3, 6, 6, generator=generator) > 0.5).float()
+    resized = torch.nn.functional.interpolate(picture, scale_factor=3, mode=mode)[0]
+    expected = (resized.clamp(0, 1) * 255).round().permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(rgb(resized * top), expected, atol=1)
+
+
+def test_pictures_without_their_mean_are_refused(picture):
+    for mean, deviation in ((0.5, 0.5), (0.45, 0.22)):
+        with pytest.raises(ValueError, match="^images: got values from -"):
+            load_rgb((picture / 255 - mean) / deviation)
 
 
 def test_transparency_lies_over_white(picture, tmp_path):

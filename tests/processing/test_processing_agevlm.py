@@ -104,6 +104,46 @@ def test_other_numbers_of_pictures_than_of_tokens(processor, images, text, numbe
     assert all(number in str(error.value) for number in numbers)
 
 
+NO_IMAGES = [
+    [],
+    (),
+    [[]],
+    [[], []],
+    [None],
+    [None, None],
+    [[None], None],
+    [[], None],
+    [[[]], []],
+    np.zeros((0, 20, 30, 3), np.uint8),
+    torch.zeros(0, 3, 20, 30),
+    [torch.zeros(0, 3, 20, 30)],
+]
+
+
+@pytest.mark.parametrize("images", NO_IMAGES, ids=str)
+def test_no_images_in_any_form_are_none(processor, images):
+    for text in ("hello", ["hello", "you there"]):
+        expected = processor(text=text, padding=True, return_tensors="pt")
+        encoded = processor(images=images, text=text, padding=True, return_tensors="pt")
+        assert set(encoded) == set(expected) and torch.equal(encoded["input_ids"], expected["input_ids"])
+    for text in (f"{IMAGE}a", [f"{IMAGE}a", f"{IMAGE}b"]):
+        with pytest.raises(ValueError, match=r"^images: got 0 pictures for [12] image tokens in the text, expected"):
+            processor(images=images, text=text)
+
+
+@pytest.mark.parametrize(
+    "rows", [lambda a, b: [a, None, b], lambda a, b: [[a], None, b], lambda a, b: ([a, None], [], (b,))]
+)
+def test_a_row_without_images_may_be_none_or_empty(processor, rows):
+    images = [picture(value=1), picture(value=2)]
+    texts = [f"{IMAGE}a", "b", f"c{IMAGE}"]
+    expected = processor(images=images, text=texts, padding=True, return_tensors="pt")
+    encoded = processor(images=rows(*images), text=texts, padding=True, return_tensors="pt")
+    assert torch.equal(encoded["pixel_values"], expected["pixel_values"])
+    with pytest.raises(ValueError, match=r"^images: got \[1, 0, 1\] pictures for \[1, 1, 0\] image tokens"):
+        processor(images=rows(*images), text=[texts[0], texts[2], "b"], padding=True)
+
+
 def test_pictures_of_the_wrong_row_are_an_error(processor):
     with pytest.raises(ValueError) as error:
         processor(images=[[picture()], [picture()]], text=[f"{IMAGE}a{IMAGE}", "b"], padding=True)

@@ -299,7 +299,7 @@ def earlier_run(folder):
     folder.mkdir()
     (folder / "recipe.yaml").write_text("name: earlier")
     (folder / "checkpoint").mkdir()
-    (folder / "checkpoint" / "weights").write_bytes(b"earlier weights")
+    (folder / "checkpoint" / "model.safetensors").write_bytes(b"earlier weights")
 
 
 def content(folder):
@@ -349,8 +349,7 @@ def test_a_run_that_can_be_resumed_stays_and_is_continued(tmp_path):
     assert last_checkpoint(tmp_path / "run").name == "checkpoint-10"
     # The run that it was to replace, had it not been killed.
     earlier_run(tmp_path / "earlier")
-    (tmp_path / ".run.earlier-x").mkdir()
-    (tmp_path / "earlier").rename(tmp_path / ".run.earlier-x" / "run")
+    (tmp_path / "earlier").rename(tmp_path / ".run.earlier.abcd0123.part")
     with run_folder(tmp_path / "run", overwrite=False, resume=True) as folder:
         assert (folder / "recipe.yaml").read_text() == "name: new"
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

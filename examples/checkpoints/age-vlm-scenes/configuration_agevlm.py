@@ -3,6 +3,7 @@
 """Configuration of AGE-VLM (Mahajan et al., arXiv 2511.17793): a Llama, a vision encoder, and where they meet."""
 
 import os
+import re
 from dataclasses import fields
 from difflib import get_close_matches
 from functools import wraps
@@ -12,13 +13,16 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
-from .checkpoint_code_agevlm import AUTO_MAP, write_checkpoint_code
+from .checkpoint_code_agevlm import AUTO_MAP, CarriesItsCode
 from .versions_agevlm import supported_range, warn_if_untested
 
 
 logger = logging.get_logger(__name__)
 
 IMAGE_VISIBILITY = ("latest", "all_previous")
+
+# Instead of its path, what a saved configuration says of a part that did not come from the Hub.
+LOCAL_FOLDER = "a local folder"
 
 
 def _one_sentence(config_class):
@@ -38,7 +42,7 @@ def _one_sentence(config_class):
 
 @_one_sentence
 @strict
-class AgeVlmConfig(PreTrainedConfig):
+class AgeVlmConfig(CarriesItsCode, PreTrainedConfig):
     r"""
     Args:
         text_config (`LlamaConfig` or `dict`, *optional*):
@@ -165,18 +169,14 @@ class AgeVlmConfig(PreTrainedConfig):
             )
 
     def to_dict(self):
+        values = super().to_dict()
+        for part in (values["text_config"], values["vision_config"]):
+            # Where it lay on one machine is of no use on another, and nobody's business.
+            if isinstance(part, dict) and part.get("_name_or_path") and is_local(part["_name_or_path"]):
+                part["_name_or_path"] = LOCAL_FOLDER
         # A checkpoint names its own code, so that it also loads where age-vlm is not installed.
         auto_map = {key: AUTO_MAP[key] for key in AUTO_MAP if key != "AutoProcessor"}
-        return {**super().to_dict(), "auto_map": auto_map, "tested_transformers": supported_range()}
-
-    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
-        super().save_pretrained(os.fspath(save_directory), push_to_hub=push_to_hub, **kwargs)
-        write_checkpoint_code(save_directory)
-
-    def _upload_modified_files(self, working_dir, *args, **kwargs):
-        # Only what changed since `save_pretrained` began is uploaded.
-        write_checkpoint_code(working_dir)
-        return super()._upload_modified_files(working_dir, *args, **kwargs)
+        return {**values, "auto_map": auto_map, "tested_transformers": supported_range()}
 
 
 # Llama-3.2-1B, as published.
@@ -236,6 +236,12 @@ def _sub_config(name, value, default):
 def _sentence(error: StrictDataclassError) -> str:
     # The errors of every member of a union follow the sentence.
     return str(error.__cause__ or error).split(". Errors:")[0]
+
+
+def is_local(name: str | os.PathLike) -> bool:
+    """Whether a name is that of a file or folder of this machine, or can be nothing else: no id of the Hub."""
+    name = os.fspath(name)
+    return os.path.exists(name) or re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name) is None
 
 
 def unknown_option(options) -> str | None:

@@ -33,7 +33,15 @@ class AgeVlmGate(nn.Module):
     def __init__(self, start: float):
         super().__init__()
         self.start = start
-        self.weight = nn.Parameter(torch.full((1,), float(start)))
+        self.weight = nn.Parameter(torch.full((1,), float(start), dtype=torch.float32))
+
+    def _apply(self, fn, *args, **kwargs):
+        # `.half()` and `.to(torch.bfloat16)` move it, and leave its precision: one step of training is less than bfloat16 has.
+        def in_float32(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
+
+        return super()._apply(in_float32, *args, **kwargs)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states * self.weight.tanh().to(hidden_states.dtype)
@@ -282,17 +290,28 @@ class AgeVlmTextModel(LlamaModel):
             raise ValueError("input_ids, inputs_embeds: expected exactly one of the two.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        starts = None
+        if position_ids is not None and attention_mask is None:
+            # As transformers' own masks do: positions that restart are packed sequences.
+            starts = packed_starts(position_ids, inputs_embeds.shape[0])
+        # A graph cannot ask; what is compiled for a cache is decoding.
+        asks = starts is not None and (use_cache or cache is not None) and not torch.compiler.is_compiling()
+        if asks and starts.any():
+            if cache is not None:
+                raise ValueError(
+                    "position_ids: got positions that restart, packed texts, with a cache, expected one of the two: what comes "
+                    "next in a cache sees all that is in it (rows that are padded need an attention_mask)."
+                )
+            use_cache = False
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
 
         past_length = cache.get_seq_length() if cache is not None else 0
         queries = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
-        starts = None
+        if cache is not None:
+            starts = None
         if position_ids is None:
             position_ids = queries[None]
-        elif attention_mask is None and cache is None:
-            # As transformers' own masks do: positions that restart are packed sequences.
-            starts = packed_starts(position_ids, inputs_embeds.shape[0])
 
         causal_mask = create_causal_mask(
             config=self.config,

@@ -1,15 +1,16 @@
 """Pictures and chat text -> what AGE-VLM takes: `pixel_values`, `input_ids`, `attention_mask`."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-import torch
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPImageProcessor
+from transformers import AutoTokenizer
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ProcessorMixin
 
-from .checkpoint_code_agevlm import AUTO_MAP, write_checkpoint_code
+from .checkpoint_code_agevlm import AUTO_MAP, CarriesItsCode
+from .chat_agevlm import template_with_images
 from .image_geometry_agevlm import ImageGeometry, image_geometry
+from .image_settings_agevlm import encoder_image_processor
 from .images_agevlm import load_rgb
 
 
@@ -41,13 +42,14 @@ CHAT_TEMPLATE = """\
 AS_TRANSFORMERS_SAYS = "image tokens in the prompts should be the same as the number of images."
 
 
-class AgeVlmProcessor(ProcessorMixin):
+class AgeVlmProcessor(CarriesItsCode, ProcessorMixin):
     r"""
     Args:
         image_processor: any image processor of transformers that resizes to a size or a shortest edge, and may crop.
         tokenizer: of the language model.
         image_token (`str`): the token of the vocabulary that stands for one picture.
-        chat_template (`str`, *optional*): Llama 3's format with pictures when left out.
+        chat_template (`str`, *optional*): Llama 3's format with pictures when left out. One that takes messages of plain
+            text alone gets the image token where a picture is.
 
     Calling it gives `pixel_values` (images, channels, height, width), `input_ids` and `attention_mask`
     (batch, length): nothing of text length besides, so whatever truncates or pads text can do so safely.
@@ -68,11 +70,12 @@ class AgeVlmProcessor(ProcessorMixin):
                 f"image_token: '{image_token}' is not in the tokenizer's vocabulary, expected one that is."
             )
         chat_template = chat_template or CHAT_TEMPLATE.replace("%IMAGE%", image_token)
+        if isinstance(chat_template, str):
+            chat_template = template_with_images(tokenizer, chat_template, image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):
-        if images is not None:
-            images = _map_nested(load_rgb, images)
+        images = _loaded(images)
         adds_special_tokens = {**kwargs, **kwargs.get("text_kwargs", {})}.get("add_special_tokens", True)
         if text is not None and adds_special_tokens and self._tokenizer_adds_bos():
             # A rendered chat starts with it already.
@@ -119,16 +122,6 @@ class AgeVlmProcessor(ProcessorMixin):
     def to_dict(self):
         return {**super().to_dict(), "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]}}
 
-    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
-        saved = super().save_pretrained(os.fspath(save_directory), push_to_hub=push_to_hub, **kwargs)
-        write_checkpoint_code(save_directory)
-        return saved
-
-    def _upload_modified_files(self, working_dir, *args, **kwargs):
-        # Only what changed since `save_pretrained` began is uploaded.
-        write_checkpoint_code(working_dir)
-        return super()._upload_modified_files(working_dir, *args, **kwargs)
-
     @classmethod
     def from_backbones(
         cls,
@@ -142,52 +135,42 @@ class AgeVlmProcessor(ProcessorMixin):
 
         Args:
             text: Hub id or folder with the tokenizer.
-            vision: Hub id or folder of the vision encoder; its own mean, deviation and size are taken.
+            vision: Hub id or folder of the vision encoder; what its own image processor does to a colour, its resampling
+                and its size are taken.
             image_token: token that stands for a picture, the first reserved special one when left out.
             image_size: of the model's input, a side or height and width in pixels, the encoder's own when left out.
         """
-        from .modeling_agevlm import load_part, reserved_image_token
+        from .backbones_agevlm import load_part, reserved_image_token
 
         tokenizer = load_part("text", text, AutoTokenizer)
         return cls(
-            _image_processor(vision, image_size),
+            encoder_image_processor(vision, image_size),
             tokenizer,
             image_token=image_token or reserved_image_token(tokenizer)[0],
         )
 
 
-def _image_processor(vision: str | os.PathLike, image_size: int | Sequence[int] | None):
-    from .modeling_agevlm import load_part
-
-    config = load_part("vision", vision, AutoConfig)
-    if config.model_type == "timm_wrapper":
-        # timm's own processor can neither be saved beside a model nor tell what it does to a mask.
-        data = getattr(config, "pretrained_cfg", None) or {}
-        size = image_size or data.get("input_size", (3, 224, 224))[-1]
-        settings = {"image_mean": data.get("mean"), "image_std": data.get("std")}
-    else:
-        library = load_part("vision", vision, AutoImageProcessor)
-        size = image_size or dict(library.size).get("height") or dict(library.size).get("shortest_edge")
-        settings = {"image_mean": library.image_mean, "image_std": library.image_std}
-    return whole_image_processor(size, **{key: value for key, value in settings.items() if value is not None})
+def _loaded(images):
+    """Pictures as RGB, flat or by row of the text; None where there are none. A None among them is a row without any."""
+    if images is None or not _is_nested(images):
+        return None if images is None else load_rgb(images)
+    rows = [list(_flat(row)) if row is None or _is_nested(row) else load_rgb(row) for row in images]
+    if any(isinstance(row, list) for row in rows):
+        rows = [row if isinstance(row, list) else [row] for row in rows]
+        return rows if any(rows) else None
+    return rows or None
 
 
-def whole_image_processor(size: int | Sequence[int], **settings) -> CLIPImageProcessor:
-    """CLIP's image processor, which here stretches the whole picture to `size` (a side, or height and width, pixels): what
-    is cropped away can be neither seen nor grounded."""
-    height, width = (size, size) if isinstance(size, int) else size
-    size = {"height": height, "width": width}
-    return CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False, **settings)
+def _flat(images) -> Iterator:
+    if images is not None and _is_nested(images):
+        for image in images:
+            yield from _flat(image)
+    elif images is not None:
+        yield load_rgb(images)
 
 
-def _map_nested(function, images):
-    if isinstance(images, (list, tuple)):
-        return [_map_nested(function, image) for image in images]
-    if isinstance(images, torch.Tensor) and images.ndim == 4:
-        return [function(image) for image in images]
-    if hasattr(images, "ndim") and images.ndim == 4:
-        return [function(image) for image in images]
-    return function(images)
+def _is_nested(images) -> bool:
+    return isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
 
 
 __all__ = ["AgeVlmProcessor"]

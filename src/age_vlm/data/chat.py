@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 from ..errors import UserError
+from ..processing.chat_agevlm import assistant_turn
+from .byte_cache import MIB, ByteCache
 from .schema import Message
 
 
@@ -16,7 +17,7 @@ class EncodedChat:
     """
     Attributes:
         input_ids: the tokens of the rendered chat.
-        labels: the same for what the assistant says, its end-of-turn token included; -100 elsewhere.
+        labels: the same for what the assistant says, and for what ends its turn; -100 elsewhere.
         offsets: characters [start, end) of the rendered chat that each token stands for.
         pieces: for every message, (first character in the message's text, first character in the rendered chat,
             length) of each of its text parts.
@@ -44,28 +45,30 @@ class EncodedChat:
 class ChatEncoder:
     """Renders chats with the processor's own template and tokenizes them.
 
-    Encodings are kept: the questions of a data set repeat from picture to picture, and from epoch to epoch.
+    Encodings are kept, up to `cache_bytes`: the questions of a data set repeat from picture to picture.
 
     Raises:
-        UserError: one sentence, for a chat template that changes the text of messages.
+        UserError: one sentence, for a chat template that changes the text of messages, or does not end an answer.
     """
 
-    def __init__(self, processor, cache_size: int = 65_536):
+    def __init__(self, processor, cache_bytes: int = 64 * MIB):
         self.processor = processor
-        self.cache_size = cache_size
-        self._encode = lru_cache(maxsize=cache_size)(self._encode_parts)
+        try:
+            self.turn = assistant_turn(processor.tokenizer, processor.chat_template)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        self.cache: ByteCache[EncodedChat] = ByteCache(cache_bytes)
 
     def __reduce__(self):
-        # A cache cannot be pickled, and the workers of a data loader are started by pickling on most systems.
-        return ChatEncoder, (self.processor, self.cache_size)
+        # The workers of a data loader are started by pickling on most systems.
+        return ChatEncoder, (self.processor, self.cache.max_bytes)
 
     def __call__(self, messages: Sequence[Message]) -> EncodedChat:
-        return self._encode(
-            tuple(
-                (message["role"], tuple((part["type"], part.get("text")) for part in _parts(message)))
-                for message in messages
-            )
+        key = tuple(
+            (message["role"], tuple((part["type"], part.get("text")) for part in _parts(message)))
+            for message in messages
         )
+        return self.cache.get(key, lambda: self._encode_parts(key))
 
     def _encode_parts(self, messages) -> EncodedChat:
         texts = [content for _, parts in messages for kind, content in parts if kind == "text"]
@@ -116,15 +119,19 @@ class ChatEncoder:
         tokenizer = self.processor.tokenizer
         encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-        special = set(tokenizer.all_special_ids)
         labels = [-100] * len(ids)
         for (role, _), spans in zip(messages, pieces):
-            if role != "assistant":
+            if role != "assistant" or not spans:
                 continue
-            for _, start, length in spans:
-                inside = [i for i, (left, right) in enumerate(offsets) if left < start + length and right > start]
-                after = [i for i, (left, _) in enumerate(offsets) if left >= start + length][:1]
-                for i in inside + [i for i in after if ids[i] in special]:
+            start, end = spans[0][1], spans[-1][1] + spans[-1][2]
+            if not rendered.startswith(self.turn.end, end):
+                raise UserError(
+                    f"chat_template: got {rendered[end : end + 20]!r} after an answer, expected its end, {self.turn.end!r}."
+                )
+            start -= len(self.turn.start) if rendered.endswith(self.turn.start, 0, start) else 0
+            end += len(self.turn.end)
+            for i, (left, right) in enumerate(offsets):
+                if left < end and right > start and ids[i] != self.processor.image_token_id:
                     labels[i] = ids[i]
         return EncodedChat(tuple(ids), tuple(labels), tuple(map(tuple, offsets)), tuple(pieces))
 

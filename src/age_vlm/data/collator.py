@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 
 import PIL.Image
 import torch
 
-from ..errors import UserError
+from ..errors import UserError, checkpoint_errors
 from ..processing import ImageGeometry
 from ..processing.images_agevlm import load_rgb
+from .byte_cache import MIB, ByteCache
 from .chat import ChatEncoder, EncodedChat
 from .masks import decode_mask
 from .packing import packed_rows
@@ -90,7 +91,7 @@ class AgeVlmCollator:
         self.packing = packing
         self.pack_length = pack_length
         self.encode = ChatEncoder(processor)
-        self._coverage = lru_cache(maxsize=65_536)(self._mask_coverage)
+        self.coverages: ByteCache[torch.Tensor] = ByteCache(64 * MIB)
 
     def __reduce__(self):
         # As for `ChatEncoder`: the caches stay behind.
@@ -103,7 +104,7 @@ class AgeVlmCollator:
         # One picture object in several samples, as in evaluation questions about it, is prepared and encoded once.
         pictures: dict[int, PIL.Image.Image] = {}
         for sample in samples:
-            with naming(sample):
+            with naming(sample), checkpoint_errors():
                 encoded.append(self._encoded(sample))
                 for image in sample["images"]:
                     if id(image) not in pictures:
@@ -210,7 +211,8 @@ class AgeVlmCollator:
                 )
             width, height = upright_size(sample["images"][image])
             # "Three men" have a mask each in many data sets: the phrase is about all of them.
-            coverage = self._coverage(tuple(item["mask"]["counts"] for item in items), height, width)
+            mask = tuple(item["mask"]["counts"] for item in items), height, width
+            coverage = self.coverages.get(mask, partial(self._mask_coverage, *mask))
             if not coverage.any():
                 continue  # the crop of the image processor left nothing of it
             for token in tokens if self.phrase_rows == "all" else tokens[-1:]:

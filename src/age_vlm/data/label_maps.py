@@ -7,11 +7,11 @@ nearly every class nearly always, so samples are random crops: they make presenc
 
 from __future__ import annotations
 
-import struct
 import warnings
 import zlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -20,29 +20,17 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from age_vlm.data.masks import encode_mask
-from age_vlm.data.questions import MODES, NUMBER_WORDS, EvaluationItem, KindStatistics, Question, existence_negatives
-from age_vlm.data.schema import Grounding, Message, Sample, assistant_message, grounding, user_message
-
 from ..errors import UserError
+from .byte_cache import MIB, ByteCache
+from .label_frames import IGNORED, Frame, Frames, folder_files, index_table, read_frame
+from .masks import encode_mask
+from .questions import NUMBER_WORDS
+from .schema import Grounding, Message, Sample, assistant_message, grounding, user_message
 
 
 CAPTION_REQUEST = "describe the picture."
-IGNORED = 255
 # Random crops that are looked at for one with texts of the kinds that are wanted.
 _TRIES = 200
-_INDEX_MODES = ("1", "L", "P", "I", "I;16")
-
-
-@dataclass(frozen=True)
-class Frame:
-    """One photograph: `image` (height, width, 3) uint8, `labels` (height, width) uint8 with 255 where no class counts,
-    `instances` (height, width) int32 with 0 where no instance counts, or None."""
-
-    name: str
-    image: np.ndarray
-    labels: np.ndarray
-    instances: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +52,7 @@ class Splits(NamedTuple):
 
 
 class LabelMaps:
-    """Images with per-pixel class indices, decoded once and kept in memory.
+    """Images with per-pixel class indices, all of them read once at the start, and then decoded when they are used.
 
     Args:
         images: folder of images, in any format Pillow reads.
@@ -74,6 +62,7 @@ class LabelMaps:
         instances: optional folder of PNGs with one instance index per pixel, 0 for none; enables counting questions.
         present, absent: a class is present in a crop from this share of its area on, and absent up to that one. Between
             the two it is neither asked about nor mentioned.
+        cache_bytes: decoded frames are kept in memory up to this, in each process, and decoded again beyond it.
 
     Raises UserError for a missing folder, no image with a label map, a file that cannot be read, a label map whose
     size is not its image's, an index that is neither a class nor ignored, or shares that are not 0 <= absent < present
@@ -90,6 +79,7 @@ class LabelMaps:
         instances: str | Path | None = None,
         present: float = 0.004,
         absent: float = 0.0002,
+        cache_bytes: int = 512 * MIB,
     ) -> None:
         self.classes = _class_names(classes)
         if not 0 <= absent < present <= 1:
@@ -97,9 +87,9 @@ class LabelMaps:
                 f"present and absent must be shares with 0 <= absent < present <= 1, got {present}, {absent}."
             )
         self.present, self.absent = present, absent
-        image_files = _files(images, "images")
-        label_files = _files(labels, "labels", suffix=".png")
-        instance_files = _files(instances, "instances", suffix=".png") if instances is not None else {}
+        image_files = folder_files(images, "images")
+        label_files = folder_files(labels, "labels", suffix=".png")
+        instance_files = folder_files(instances, "instances", suffix=".png") if instances is not None else {}
         names = sorted(image_files.keys() & label_files.keys())
         if not names:
             raise UserError(
@@ -112,19 +102,20 @@ class LabelMaps:
             )
         if instances is not None and (missing := [name for name in names if name not in instance_files]):
             raise UserError(f"instances must hold a PNG for every frame, got none for {missing[0]!r} in {instances}.")
-        table = _index_table(len(self.classes), ignore)
-        self.frames: tuple[Frame, ...] = tuple(
-            _read_frame(name, image_files[name], label_files[name], instance_files.get(name), table, len(self.classes))
-            for name in tqdm(names, desc="reading label maps", unit="image", leave=False, delay=2)
-        )
+        table = index_table(len(self.classes), ignore)
+        files = tuple((name, image_files[name], label_files[name], instance_files.get(name)) for name in names)
+        read = partial(read_frame, table=table, n_classes=len(self.classes))
+        self.frames: Sequence[Frame] = Frames(files, read, ByteCache(cache_bytes))
+        for _ in tqdm(self.frames, desc="reading label maps", unit="image", leave=False, delay=2):
+            pass  # what cannot be read is said now, not in the middle of a training
 
     def __len__(self) -> int:
         return len(self.frames)
 
     def subset(self, frames: Sequence[Frame]) -> LabelMaps:
-        """The same classes and options over some of the frames, without copying pixels."""
+        """The same classes and options over some of the frames, a slice of `frames` for example, with the same cache."""
         part = object.__new__(LabelMaps)
-        part.__dict__.update(self.__dict__, frames=tuple(frames))
+        part.__dict__.update(self.__dict__, frames=frames)
         return part
 
     def split(self, fraction: float = 0.2, validation: float = 0.1) -> Splits:
@@ -164,7 +155,7 @@ class LabelMaps:
         distorted. `augment` flips half of the crops left to right and jitters brightness, contrast and saturation.
         """
         frame = self.frames[index]
-        left, top, right, bottom = _random_box(frame.labels.shape, size, min_side, rng)
+        left, top, right, bottom = random_box(frame.labels.shape, size, min_side, rng)
         window = (slice(top, bottom), slice(left, right))
         image = Image.fromarray(frame.image[window]).resize(size, Image.Resampling.BILINEAR)
         labels = _resize_nearest(frame.labels[window], size)
@@ -224,69 +215,7 @@ def _class_names(classes: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def _files(folder: str | Path, argument: str, suffix: str | None = None) -> dict[str, Path]:
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{argument} must be a folder, got {str(folder)!r}, which is none.")
-    files: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or not path.is_file() or (suffix and path.suffix.lower() != suffix):
-            continue
-        if path.stem in files:
-            raise UserError(f"{argument} must hold one file per stem, got {files[path.stem].name} and {path.name}.")
-        files[path.stem] = path
-    return files
-
-
-def _index_table(n_classes: int, ignore: Sequence[int]) -> np.ndarray:
-    """(65536,) int32: stored index -> class, IGNORED, or -1 for an index that has no name."""
-    table = np.full(65536, -1, np.int32)
-    table[:n_classes] = np.arange(n_classes)
-    for index in ignore:
-        if not 0 <= index < len(table):
-            raise UserError(f"ignore must hold indices of 0 to {len(table) - 1}, got {index}.")
-        table[index] = IGNORED
-    return table
-
-
-def _open(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return ImageOps.exif_transpose(image)
-    # Pillow's decoders report broken files by any of these.
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} must be an image that can be read, got: {error}.") from None
-
-
-def _read_indices(path: Path, image_path: Path, size: tuple[int, int]) -> np.ndarray:
-    picture = _open(path)
-    if picture.mode not in _INDEX_MODES:
-        raise UserError(f"{path} must hold one index per pixel, got a picture of mode {picture.mode}.")
-    if picture.size != size:
-        raise UserError(
-            f"{path} must have the size of its image {image_path.name}, {size[0]} x {size[1]}, "
-            f"got {picture.size[0]} x {picture.size[1]}."
-        )
-    return np.asarray(picture).astype(np.int32)
-
-
-def _read_frame(
-    name: str, image_path: Path, label_path: Path, instance_path: Path | None, table: np.ndarray, n_classes: int
-) -> Frame:
-    image = _open(image_path).convert("RGB")
-    indices = _read_indices(label_path, image_path, image.size)
-    labels = table[indices]
-    if (labels < 0).any():
-        raise UserError(
-            f"{label_path} holds the class index {indices[labels < 0][0]}, "
-            f"expected 0 to {n_classes - 1} (one per name in classes) or an index listed in ignore."
-        )
-    instances = None if instance_path is None else _read_indices(instance_path, image_path, image.size)
-    return Frame(name, np.array(image), labels.astype(np.uint8), instances)
-
-
-def _random_box(
+def random_box(
     shape: tuple[int, ...], size: tuple[int, int], min_side: float, rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
     if min(size) < 1:
@@ -441,95 +370,3 @@ class LabelMapsDataset(Dataset):
         name = f"{self.maps.frames[frame].name}/{self.seed}.{index}"
         crop = self.maps.crop(frame, rng, self.size, self.min_side, augment=self.augment, id=name)
         return label_map_sample(self.maps, crop, rng, self.questions, self.texts)
-
-
-def _sampled_presence(
-    maps: LabelMaps, crops: int, size: tuple[int, int], min_side: float, seed: int
-) -> Iterator[dict[str, bool]]:
-    rng = np.random.default_rng([seed, 2])
-    for number in range(crops):
-        labels = maps.frames[number % len(maps)].labels
-        left, top, right, bottom = _random_box(labels.shape, size, min_side, rng)
-        yield maps.presence(labels[top:bottom, left:right])
-
-
-def class_statistics(
-    maps: LabelMaps, crops: int = 2000, size: tuple[int, int] = (256, 192), min_side: float = 0.45, seed: int = 0
-) -> KindStatistics[str]:
-    """How often classes are present, and present together, in random crops of the training frames."""
-    sampled = _sampled_presence(maps, crops, size, min_side, seed)
-    return KindStatistics.count([name for name, there in presence.items() if there] for presence in sampled)
-
-
-def class_prior(
-    maps: LabelMaps, crops: int = 2000, size: tuple[int, int] = (256, 192), min_side: float = 0.45, seed: int = 0
-) -> dict[str, float]:
-    """P(class is present) over random crops of the training frames in which it is clearly present or absent.
-
-    This is all that a model can know without looking: report it beside any figure about presence.
-    """
-    there, asked = dict.fromkeys(maps.classes, 0), dict.fromkeys(maps.classes, 0)
-    for presence in _sampled_presence(maps, crops, size, min_side, seed):
-        for name, is_present in presence.items():
-            asked[name] += 1
-            there[name] += is_present
-    return {name: there[name] / asked[name] if asked[name] else 0.0 for name in maps.classes}
-
-
-def label_map_items(
-    maps: LabelMaps,
-    statistics: KindStatistics[str] | None = None,
-    *,
-    per_frame: int = 4,
-    size: tuple[int, int] = (256, 192),
-    min_side: float = 0.45,
-    seed: int = 0,
-    negatives: int = 2,
-    pool: int | None = 4,
-) -> list[EvaluationItem]:
-    """Evaluation pictures with their questions: deterministic crops of every frame.
-
-    Each has existence questions without a mode about every class that is clearly present or absent (for AUC), counting
-    questions where there are instances, and, given `statistics` of the training frames, as many positive as negative
-    existence questions (up to `negatives`) for each of POPE's three modes. A question's `phrase` spans the class name,
-    its `mask` is None where the class is absent.
-
-    Args:
-        statistics: from `class_statistics` of the *training* part; without it there are no POPE questions.
-        pool: popular negatives are drawn from this many of the most frequent absent classes, see `existence_negatives`.
-    """
-    items = []
-    for crop in maps.evaluation_crops(per_frame, size, min_side, seed):
-        presence = maps.presence(crop.labels)
-        shown = [name for name, is_present in presence.items() if is_present]
-        masks = {name: encode_mask(maps.mask(crop, name)) for name in shown}
-
-        def ask(
-            name: str, mode: str | None, crop: Crop = crop, presence: dict = presence, masks: dict = masks
-        ) -> Question:
-            text, span = existence_question(name)
-            answer = "yes" if presence[name] else "no"
-            key = f"{crop.id}:{mode or 'existence'}:{name}"
-            return Question(key, crop.id, text, answer, "existence", mode, span, masks.get(name))
-
-        questions = [ask(name, None) for name in presence]
-        for name, number in maps.counts(crop).items():
-            text, span = count_question(name)
-            key = f"{crop.id}:count:{name}"
-            questions.append(Question(key, crop.id, text, NUMBER_WORDS[number], "count", None, span, masks[name]))
-        k = min(negatives, len(shown), len(presence) - len(shown))
-        if statistics is not None and k > 0:
-            rng = np.random.default_rng([seed, 3, zlib.crc32(crop.id.encode())])
-            positives = [shown[i] for i in rng.permutation(len(shown))[:k]]
-            chosen = existence_negatives(
-                shown,
-                list(presence),
-                frequency=statistics.frequency,
-                affinity=statistics.affinity(shown),
-                rng=rng,
-                count=k,
-                pool=None if pool is None else max(pool, k),
-            )
-            questions += [ask(name, mode) for mode in MODES for name in positives + chosen[mode]]
-        items.append(EvaluationItem(crop.id, crop.image, tuple(questions)))
-    return items

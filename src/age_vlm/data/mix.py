@@ -59,6 +59,11 @@ class Mix(Dataset):
         """Which part the sample of that index is from, and its index there."""
         return self.part(index), int(self._number[index])
 
+    @property
+    def different(self) -> int:
+        """How many different samples it has, however often each comes up."""
+        return len(np.unique(np.stack([self._part, self._number]), axis=1).T)
+
     def __getitem__(self, index: int) -> Sample:
         part, number = self.origin(index)
         return self.parts[part][number]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import UserError
+from .byte_cache import MIB, ByteCache
 from .questions import QUESTION_KINDS, EvaluationItem
 from .scene_questions import scene_questions, scene_sample
 from .scenes import (
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class ScenesDataset(torch.utils.data.Dataset[Sample]):
-    """Training samples of the first `length` scenes of a split, drawn when first asked for and then kept in memory.
+    """Training samples of the first `length` scenes of a split, drawn when asked for and kept in memory, up to 512 MiB.
 
     Item i is always the same picture with the same text (`scene_sample`), so what is made of it may be cached by i. Where
     `texts` leaves a scene without any, one from beyond the first `length` takes its place.
@@ -57,21 +59,21 @@ class ScenesDataset(torch.utils.data.Dataset[Sample]):
             raise UserError(f"texts is {texts}, expected some of caption, {', '.join(QUESTION_KINDS)}.")
         self.texts = texts
         self.split, self.length, self.seed, self.config = split, length, seed, config or SceneConfig()
-        self._samples: dict[int, Sample] = {}
+        self.cache: ByteCache[Sample] = ByteCache(512 * MIB)
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> Sample:
         index = _position(index, self.length)
-        if index not in self._samples:
-            for number in count(index, self.length):
-                scene = draw_scene(self.split, number, self.config, self.seed)
-                sample = scene_sample(scene, config=self.config, texts=self.texts)
-                if sample["messages"]:
-                    break
-            self._samples[index] = sample
-        return self._samples[index]
+        return self.cache.get(index, partial(self._drawn, index))
+
+    def _drawn(self, index: int) -> Sample:
+        for number in count(index, self.length):
+            scene = draw_scene(self.split, number, self.config, self.seed)
+            sample = scene_sample(scene, config=self.config, texts=self.texts)
+            if sample["messages"]:
+                return sample
 
 
 class IconsDataset(torch.utils.data.Dataset[dict[str, Any]]):

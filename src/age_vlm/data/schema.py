@@ -152,7 +152,7 @@ def _validate_grounding(name: str, item: Grounding, sample: Sample) -> None:
         return
     try:
         height, width = mask_size(item["mask"])
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{name}: {error}") from None
     if (height, width) != (image_height, image_width):
         raise UserError(

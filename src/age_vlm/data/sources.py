@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import PIL.Image
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from ..errors import UserError
+from ..errors import UserError, reading
+from .masks import MaskRLE, decode_mask, encode_mask
 from .mix import Mix
 from .questions import EvaluationItem, Question
 from .sample_names import sample_name
-from .schema import FEATURES, Message, Sample, message_text
+from .schema import FEATURES, Message, Sample, message_text, upright_size
 from .stored import load_stored
 
 
@@ -56,6 +58,11 @@ class DataSource:
 
         return build_word_tokenizer(self.texts())
 
+    @property
+    def train_samples(self) -> int:
+        """How many different samples there are to train on: a mixture draws some of them again and again."""
+        return self.train.different if isinstance(self.train, Mix) else len(self.train)
+
 
 class MasksOfOthers(Dataset):
     """Every grounding with a mask of another sample: the control that has masks, but not the right ones."""
@@ -68,16 +75,41 @@ class MasksOfOthers(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         sample = self.samples[index]
-        # The next sample that has any; a control with its own masks would be none.
+        own = [grounding["mask"] for grounding in sample["groundings"]]
+        # The next sample that has any; a control with its own masks would be none, as where one picture has two samples.
         others = ((index + step) % len(self) for step in range(1, len(self)))
-        candidates = ([grounding["mask"] for grounding in self.samples[other]["groundings"]] for other in others)
-        masks = next(filter(None, candidates), None) if sample["groundings"] else None
+        candidates = (
+            [mask for item in self.samples[other]["groundings"] if _is_mask(mask := item["mask"]) and mask not in own]
+            for other in others
+        )
+        masks = next(filter(None, candidates), None) if own else None
         if masks is None:
             return {**sample, "groundings": []}
         # At random: texts name classes in the same order, and the same class lies in the same place in many photographs.
-        chosen = np.random.default_rng(index).integers(len(masks), size=len(sample["groundings"]))
-        groundings = [{**grounding, "mask": masks[number]} for grounding, number in zip(sample["groundings"], chosen)]
+        chosen = np.random.default_rng(index).integers(len(masks), size=len(own))
+        groundings = [
+            # One without a mask of its own is refused with it, as without this control.
+            {
+                **item,
+                "mask": _stretched(masks[number], sample["images"][item["image"]]) if _is_mask(item["mask"]) else None,
+            }
+            for item, number in zip(sample["groundings"], chosen)
+        ]
         return {**sample, "groundings": groundings}
+
+
+def _is_mask(mask: MaskRLE | None) -> bool:
+    return bool(mask and mask["counts"])
+
+
+def _stretched(mask: MaskRLE, image: PIL.Image.Image) -> MaskRLE:
+    """The mask at the size of that picture. It keeps a pixel at least, however small it becomes."""
+    size = upright_size(image)
+    if tuple(mask["size"]) == size[::-1]:
+        return mask
+    pixels = PIL.Image.fromarray(decode_mask(mask).astype(np.float32))
+    covered = np.asarray(pixels.resize(size, PIL.Image.Resampling.BOX))
+    return encode_mask((covered > 0) & (covered >= min(0.5, covered.max())))
 
 
 def load_sources(recipe: Recipe) -> DataSource:
@@ -119,8 +151,11 @@ def check_paths(recipe: Recipe) -> None:
         if data.kind == "label_maps":
             for key in ("images", "labels", "instances"):
                 folder = getattr(data, key)
-                if folder is not None and not Path(folder).is_dir():
-                    raise UserError(f"{name}.{key}: '{folder}' is not a folder, expected one.")
+                if folder is None:
+                    continue
+                with reading(f"{name}.{key}", folder):
+                    if not Path(folder).is_dir():
+                        raise UserError(f"{name}.{key}: '{folder}' is not a folder, expected one.")
         elif data.kind == "dataset" and not Path(data.path).is_dir() and not re.fullmatch(_HUB_NAME, data.path):
             raise UserError(f"{name}.path: '{data.path}' is not a folder, expected one, or the Hub name of a data set.")
 
@@ -145,7 +180,8 @@ def _scenes(recipe: DataRecipe, seed: int, evaluation: bool) -> DataSource:
 
 
 def _label_maps(recipe: DataRecipe, seed: int, evaluation: bool) -> DataSource:
-    from .label_maps import LabelMaps, LabelMapsDataset, class_prior, class_statistics, label_map_items, label_map_texts
+    from .label_map_items import class_prior, class_statistics, label_map_items
+    from .label_maps import LabelMaps, LabelMapsDataset, label_map_texts
 
     maps = LabelMaps(recipe.images, recipe.labels, recipe.classes, ignore=recipe.ignore, instances=recipe.instances)
     split = maps.split(recipe.held_out)

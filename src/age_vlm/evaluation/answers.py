@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import product
 
 import torch
 
 from ..data.questions import EvaluationItem, Question
+from ..errors import UserError, checkpoint_errors
+from ..processing.chat_agevlm import assistant_turn, stop_at_end_of_turn
 from ..processing.images_agevlm import load_rgb
 
 
@@ -25,22 +29,75 @@ def generate_answers(
     answers = {}
     with _evaluating(model):
         for questions, inputs in _batches(model, processor, items, batch_size):
-            generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-            texts = processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            answers.update({question.id: text.strip() for question, text in zip(questions, texts)})
+            texts = generate_texts(model, processor, inputs, max_new_tokens)
+            answers.update({question.id: text for question, text in zip(questions, texts)})
     return answers
+
+
+def generate_texts(model, processor, inputs: Mapping[str, torch.Tensor], max_new_tokens: int) -> list[str]:
+    """What the model says after each prompt, greedily, to where the processor's chat template ends an answer."""
+    tokenizer, template = processor.tokenizer, processor.chat_template or processor.tokenizer.chat_template
+    config, end = copy.deepcopy(model.generation_config), ""
+    try:
+        end = assistant_turn(tokenizer, template).end
+        stop_at_end_of_turn(config, tokenizer, template)
+    except ValueError:  # nothing but the model's own configuration ends its answers
+        pass
+    config.do_sample, config.max_new_tokens = False, max_new_tokens
+    generated = model.generate(**inputs, generation_config=config, tokenizer=tokenizer)
+    texts = processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    # Of ordinary text the end is no special token.
+    return [text.strip().removesuffix(end.strip()).strip() for text in texts]
 
 
 @torch.inference_mode()
 def yes_scores(model, processor, items: Sequence[EvaluationItem], *, batch_size: int = 128) -> dict[str, float]:
-    """Question id -> logit of "yes" minus logit of "no" as the first word of the answer."""
-    yes, no = (processor.tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("yes", "no"))
+    """Question id -> how much rather the answer begins with a yes than with a no: a difference of log-probabilities.
+
+    Every way in which data spell the two words counts, see `answer_tokens`.
+
+    Raises:
+        UserError: where the tokenizer begins both words with the same tokens.
+    """
     scores = {}
     with _evaluating(model):
+        tokens = None
         for questions, inputs in _batches(model, processor, items, batch_size):
+            if tokens is None:
+                tokens = answer_tokens(processor.tokenizer, _prompt(processor, questions[0].text))
             logits = model(**inputs, logits_to_keep=1).logits[:, -1].float()
-            scores.update(zip((question.id for question in questions), (logits[:, yes] - logits[:, no]).tolist()))
+            yes, no = (logits[:, ids].logsumexp(-1) for ids in tokens)
+            scores.update(zip((question.id for question in questions), (yes - no).tolist()))
     return scores
+
+
+def answer_tokens(tokenizer, prompt: str) -> tuple[list[int], list[int]]:
+    """The tokens with which a yes begins after a prompt, and those with which a no does.
+
+    Upper and lower case, with and without a blank before and a period or comma after. A token that may begin either, such
+    as a blank, tells nothing and is left out.
+
+    Raises:
+        UserError: where none is left for one of the two.
+    """
+    firsts = []
+    for word in ("yes", "no"):
+        firsts.append(set())
+        spellings = product(("", " "), (word, word.capitalize(), word.upper()), ("", ".", ","))
+        # Inside a text, too: of the prompt's end and the word one token may be made, which a model cannot say any more.
+        for context, spelling in product((prompt, "\n", ""), spellings):
+            before, ids = (
+                tokenizer(text, add_special_tokens=False)["input_ids"]
+                for text in (context, context + "".join(spelling))
+            )
+            if ids[: len(before)] == before:
+                firsts[-1].update(ids[len(before) :][:1])
+    neither = {index for index in firsts[0] | firsts[1] if not tokenizer.decode([index]).strip()}
+    neither |= {*(firsts[0] & firsts[1]), tokenizer.unk_token_id}
+    yes, no = (sorted(ids - neither) for ids in firsts)
+    if not yes or not no:
+        raise UserError("tokenizer: begins 'yes' and 'no' with the same tokens, expected some that tell them apart.")
+    return yes, no
 
 
 def _batches(model, processor, items, batch_size) -> Iterator[tuple[list[Question], dict]]:
@@ -53,7 +110,8 @@ def _batches(model, processor, items, batch_size) -> Iterator[tuple[list[Questio
         options = {"padding": True, "padding_side": "left", "return_tensors": "pt", "add_special_tokens": False}
         if shares:
             inputs = processor.tokenizer(texts, **options)
-            images = [load_rgb(item.image) for item in part]
+            with checkpoint_errors():
+                images = [load_rgb(item.image) for item in part]
             inputs |= processor.image_processor(images=images, return_tensors="pt")
             inputs["image_indices"] = torch.tensor([number for number, _ in asked])
         else:

@@ -21,11 +21,11 @@ from tqdm.auto import tqdm
 from ..data.left_out import LeftOut, Unusable
 from ..data.masks import MaskRLE, encode_mask
 from ..data.schema import FEATURES
-from ..errors import UserError
+from ..errors import UserError, check_new_folder, filling, writing
 from ..whole_files import replaced
 from .contact_sheet import write_contact_sheet
 from .samples import Phrase, Refusal, Source, Unit, make_unit
-from .shards import ShardFolder
+from .shards import REPORT, ShardFolder
 from .teacher import Masks, Teacher, process_state
 
 
@@ -95,7 +95,7 @@ class GroundSummary:
 
     @property
     def report(self) -> Path:
-        return self.folder / "report.html"
+        return self.folder / REPORT
 
 
 def ground(
@@ -129,6 +129,7 @@ def ground(
     settings = settings or GroundSettings()
     if batch_size < 1:
         raise UserError(f"batch_size: got {batch_size}, expected at least 1.")
+    check_new_folder("output", output)
     state = process_state()
     source = Source(data, fingerprint)
     manifest = {
@@ -139,6 +140,19 @@ def ground(
         "shards": math.ceil(len(source) / settings.shard_size),
     }
     folder = ShardFolder(output, manifest)
+    with filling("output", output):
+        return _make_missing(folder, source, teacher, settings, batch_size, progress, state)
+
+
+def _make_missing(
+    folder: ShardFolder,
+    source: Source,
+    teacher: Teacher,
+    settings: GroundSettings,
+    batch_size: int,
+    progress: bool,
+    state: PartialState,
+) -> GroundSummary | None:
     missing = _begin(folder, state)
     own = missing[state.process_index :: state.num_processes]
     sizes = {shard: len(_rows_of(shard, source, settings)) for shard in own}
@@ -175,9 +189,10 @@ def _begin(folder: ShardFolder, state: PartialState) -> list[int]:
     answer: list[Any] = [None]
     if state.is_main_process:
         try:
-            folder.claim()
+            with writing("output", folder.folder):
+                folder.claim()
             answer = [folder.missing()]
-        except (ValueError, OSError) as error:
+        except Exception as error:  # it ends the other processes too
             answer = [error]
     if state.num_processes > 1:
         broadcast_object_list(answer)

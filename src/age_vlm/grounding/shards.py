@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..whole_files import UNFINISHED, replaced
+from ..whole_files import replaced, unfinished
 
 
 _MANIFEST = "manifest.json"
+REPORT = "report.html"
 
 
 class ShardFolder:
@@ -44,23 +45,28 @@ class ShardFolder:
             )
         for part in (self.folder / "data", self.folder / "phrases"):
             part.mkdir(parents=True, exist_ok=True)
-        for part in self.folder.rglob(f".*{UNFINISHED}"):
-            part.unlink(missing_ok=True)
+        self._clear()
         if not path.exists():
             with replaced(path) as file:
                 file.write(f"{json.dumps(self.manifest, indent=2)}\n".encode())
 
     def _holds_other_things(self) -> bool:
         # A run that was killed before it wrote its manifest leaves these.
-        return any(
-            (path.name not in ("data", "phrases") and not path.name.endswith(UNFINISHED)) or any(path.glob("*.*"))
-            for path in self.folder.iterdir()
-        )
+        left = {self.folder / "data", self.folder / "phrases", *unfinished(self.folder, [_MANIFEST])}
+        return any(path not in left or (path.is_dir() and any(path.iterdir())) for path in self.folder.iterdir())
+
+    def _clear(self) -> None:
+        paths = [self.folder / _MANIFEST, self.folder / REPORT]
+        paths += [path(shard) for path in (self.samples, self.phrases) for shard in range(self.shards)]
+        names = {path.name for path in paths}
+        for folder in {path.parent for path in paths}:
+            for part in unfinished(folder, names):
+                part.unlink(missing_ok=True)
 
     def _compare(self, path: Path) -> None:
         try:
             there = _flat(json.loads(path.read_text("utf-8")))
-        except (ValueError, AttributeError):
+        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
             raise UserError(f"output: '{path}' is damaged, expected the manifest of an earlier run.") from None
         here = _flat(self.manifest)
         for name in here.keys() | there.keys():

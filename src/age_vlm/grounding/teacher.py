@@ -19,7 +19,7 @@ from accelerate.utils import parse_flag_from_env
 from PIL import Image
 
 from ..data.masks import MaskRLE
-from ..errors import UserError
+from ..errors import UserError, checkpoint_errors
 from ..processing.images_agevlm import load_rgb
 
 
@@ -137,9 +137,9 @@ class Teacher(ABC):
         answers: list[list[Masks]] = [[] for _ in pictures]
         asked = [number for number, own in enumerate(prompts) if own]
         if asked:
-            found = self._ground(
-                [load_rgb(pictures[number]) for number in asked], [prompts[number] for number in asked]
-            )
+            with checkpoint_errors():
+                images = [load_rgb(pictures[number]) for number in asked]
+            found = self._ground(images, [prompts[number] for number in asked])
             for number, masks in zip(asked, found):
                 answers[number] = masks
         return answers

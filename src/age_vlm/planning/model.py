@@ -14,9 +14,9 @@ from transformers import AutoConfig
 from ..configuration import IMAGE_SIZES, AgeVlmConfig, preset_config
 from ..data.collator import AgeVlmCollator, token_grid_size
 from ..data.sources import DataSource, load_sources
-from ..errors import UserError
+from ..errors import UserError, checkpoint_errors
 from ..modeling_agevlm import AgeVlmForConditionalGeneration
-from ..modeling_agevlm.modeling_agevlm import load_part
+from ..modeling_agevlm.backbones_agevlm import load_part
 from ..processing import AgeVlmProcessor, ImageGeometry, image_geometry, whole_image_processor
 from ..training.recipe import PREVIOUS, ModelRecipe, Recipe
 from ..training.run import build_model, set_trainable
@@ -132,6 +132,7 @@ class _PicturesAlone:
         return image_geometry(self.image_processor, height, width)
 
 
+@checkpoint_errors()
 def _load(
     recipe: ModelRecipe, source: DataSource | None, dtype: torch.dtype | None
 ) -> tuple[AgeVlmForConditionalGeneration, AgeVlmProcessor | _PicturesAlone]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from ..errors import UserError
+from ..errors import UserError, reading
 from ..modeling_agevlm import AgeVlmForConditionalGeneration
 from ..training.parts import PARTS, count_parameters, part_of
 from ..training.recipe import PREVIOUS, Recipe, load_recipe
@@ -206,8 +206,11 @@ def plans(
         UserError: one sentence, for a recipe that does not load, or as `plan`.
     """
     path = Path(path)
-    if path.is_dir():
-        files = [file for file in path.iterdir() if file.suffix in (".yaml", ".yml")]
+    with reading("recipe", path):
+        is_folder = path.is_dir()
+    if is_folder:
+        with reading("recipes", path):
+            files = [file for file in path.iterdir() if file.suffix in (".yaml", ".yml")]
         blanks = [f"{file.stem}:{blank}" for file in files for blank in _blanks(file)]
         recipes = load_stages(path, [*blanks, *overrides])
     else:
@@ -220,7 +223,7 @@ def plans(
         model = recipe.model
         try:
             planned[name] = plan(recipe, hardware, length=length)
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"{name}: {error}" if len(recipes) > 1 else str(error)) from error
     return planned
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from rich.table import Table
 
+from ..console import plain_table
 from ..errors import UserError
 from ..training.parts import PARTS
 from .fake_step import KINDS
@@ -32,13 +33,13 @@ def parse_size(text: str) -> float:
 
 def plan_table(plans: Mapping[str, Plan]) -> Table:
     """Memory is of one device, in units of 1000; `-` stands for nothing."""
-    table = Table("", *plans, title=_title(next(iter(plans.values()))))
+    table = plain_table(["", *plans], title=_title(next(iter(plans.values()))))
     table.columns[0].no_wrap = True
     for column in table.columns[1:]:
         column.justify = "right"
     for title, rows in _sections(list(plans.values())):
         table.add_section()
-        table.add_row(f"[bold]{title}[/bold]")
+        table.add_row(title, style="bold")
         for name, cells in rows:
             if any(cell != "-" for cell in cells):
                 table.add_row(f" {name}", *cells)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -18,6 +17,7 @@ from ..ask import ask
 from ..data.collator import token_grid_size
 from ..data.questions import EvaluationItem
 from ..data.sources import DataSource, load_sources
+from ..errors import filling
 from ..evaluation.answers import yes_scores
 from ..evaluation.benchmark import answer_metrics, grounding_metrics, presence_metrics, split_items
 from ..evaluation.metrics import auc
@@ -27,7 +27,6 @@ from ..whole_files import write_whole
 from .processes import from_main, is_main, together
 from .recipe import Recipe
 from .run import (
-    TRAINER_FOLDER,
     check_run_folder,
     check_same_processes,
     check_same_recipe,
@@ -36,6 +35,7 @@ from .run import (
     is_complete,
     run_folder,
 )
+from .run_files import CHECKPOINT_FOLDER, EXAMPLES_FOLDER, remove_resumable, remove_unfinished
 
 
 def run_recipe(
@@ -64,7 +64,7 @@ def run_recipe(
         model, shown a grey picture: what it can answer from the language alone).
 
     Raises:
-        ValueError: one sentence, for a folder that exists, another recipe in it, data that cannot be read, a full disk.
+        UserError: one sentence, for a folder that exists, another recipe in it, data that cannot be read, a full disk.
     """
     folder = Path(folder)
     resume, figures = from_main(_checked, recipe, folder, overwrite, resume)
@@ -73,7 +73,8 @@ def run_recipe(
     started = time.monotonic()
     with together():
         source = load_sources(recipe)
-    with run_folder(folder, overwrite, resume) if is_main() else nullcontext(folder) as folder:
+    kept = run_folder(folder, overwrite, resume) if is_main() else nullcontext(folder)
+    with kept as folder, filling("run folder", folder):
         from_main(_begin, recipe, folder)
         measure = curve_measure(recipe, source.validation)
         fitted = fit(recipe, source, folder, measure=measure, resume=resume, previous=previous, progress=progress)
@@ -87,7 +88,7 @@ def _checked(recipe: Recipe, folder: Path, overwrite: bool, resume: bool) -> tup
         return False, None
     check_same_recipe(folder, recipe)
     if is_complete(folder):
-        shutil.rmtree(folder / TRAINER_FOLDER, ignore_errors=True)
+        remove_resumable(folder)
         return True, stored_figures(folder)
     check_same_processes(folder)
     return True, None
@@ -99,8 +100,7 @@ def stored_figures(folder: Path) -> dict[str, dict]:
 
 
 def _begin(recipe: Recipe, folder: Path) -> None:
-    for unfinished in folder.glob(".*"):  # what a run that was killed was writing
-        shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
+    remove_unfinished(folder)
     write_whole(folder / "recipe.yaml", recipe.to_yaml())
     write_whole(folder / "environment.json", json.dumps(environment(), indent=2))
 
@@ -124,9 +124,9 @@ def _finish(
     record = {"figures": metrics, "seed": recipe.seed, "seconds": round(seconds, 1), "environment": environment()}
     write_whole(folder / "metrics.json", json.dumps(record | {"validation_curve": curve}, indent=2))
     card = model_card(recipe, metrics, environment(), source, model.config)
-    save_checkpoint(model, processor, folder / "checkpoint", card)
+    save_checkpoint(model, processor, folder / CHECKPOINT_FOLDER, card)
 
-    pictures = folder / "examples"
+    pictures = folder / EXAMPLES_FOLDER
     pictures.mkdir(exist_ok=True)
     for number, item in enumerate(source.test[:8]):
         item.image.save(pictures / f"{number}.png")
@@ -151,7 +151,7 @@ def _finish(
             f"The {'run, since it was resumed,' if resume else 'whole run'} took {seconds / 60:.1f} minutes.",
         ],
     )
-    shutil.rmtree(folder / TRAINER_FOLDER, ignore_errors=True)
+    remove_resumable(folder)
     return metrics
 
 

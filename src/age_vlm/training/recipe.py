@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from ..configuration import PRESETS
-from ..errors import UserError
+from ..errors import UserError, reading
 from .alignment import AlignmentConfig
 from .parts import PARTS
 
@@ -83,6 +83,7 @@ class DataRecipe:
     crop: list[int] = field(default_factory=lambda: [256, 192])
     min_side: float = 0.45
     path: str | None = None
+    license: str | None = None
     split: str = "train"
     held_out: float = 0.2
     crops_per_frame: int = 8
@@ -322,10 +323,12 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
             value of another type.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"recipe: '{path}' is not a file, expected a YAML file.")
+    with reading("recipe", path):
+        if not path.is_file():
+            raise UserError(f"recipe: '{path}' is not a file, expected a YAML file.")
+        text = path.read_bytes()
     try:
-        values = yaml.safe_load(path.read_text("utf-8")) or {}
+        values = yaml.safe_load(text.decode()) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"recipe: '{path}' is not YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(values, dict):
@@ -386,7 +389,7 @@ def _converted(value: Any, hint: Any, name: str) -> Any:
 def _item(cls: type, values: Any, name: str):
     try:
         return build(cls, values, name)
-    except ValueError as error:
+    except UserError as error:
         # Data speaks of itself as of the section that it usually is.
         raise UserError(re.sub(r"^data\b(?=[.:])", name, str(error))) from None
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import glob
 import json
 import platform
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,16 +32,25 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..configuration import IMAGE_SIZES, preset_config
 from ..data.collator import AgeVlmCollator, token_grid_size
 from ..data.sources import DataSource
-from ..errors import UserError
-from ..hub import load_checkpoint
+from ..errors import UserError, check_new_folder, checkpoint_errors, reading, writing
+from ..hub import load_checkpoint, save_adapter
 from ..modeling_agevlm import AgeVlmForConditionalGeneration
-from ..modeling_agevlm.modeling_agevlm import reserved_image_token
+from ..modeling_agevlm.backbones_agevlm import reserved_image_token
 from ..processing import AgeVlmProcessor, whole_image_processor
-from ..whole_files import UNFINISHED
+from ..whole_files import beside, unfinished
 from .loss_watch import BAD_BATCHES
 from .parts import part_of
 from .processes import alone, engine, from_main, is_main, process_count, together
-from .recipe import PREVIOUS, WATCH_KEYS, ModelRecipe, Recipe, TrainingRecipe
+from .recipe import PREVIOUS, WATCH_KEYS, ModelRecipe, Recipe, TrainingRecipe, build
+from .run_files import (
+    ADAPTER_FOLDER,
+    TENSORBOARD_FOLDER,
+    TRAINER_FOLDER,
+    foreign_files,
+    is_begun_only,
+    remove_resumable,
+    remove_run,
+)
 from .trainer import AgeVlmTrainer
 from .warm_start import warm_start
 
@@ -51,14 +58,11 @@ from .warm_start import warm_start
 if TYPE_CHECKING:
     from peft import PeftModel
 
-# In a run folder: resumable checkpoints while it trains, the adapter of parts that were trained by LoRA, TensorBoard's files.
-TRAINER_FOLDER = "trainer"
-ADAPTER_FOLDER = "adapter"
-TENSORBOARD_FOLDER = "tensorboard"
 # Written last into a resumable checkpoint.
 _WHOLE = "whole"
 
 
+@checkpoint_errors()
 def build_model(
     recipe: ModelRecipe, source: DataSource, previous: Path | None = None
 ) -> tuple[AgeVlmForConditionalGeneration, AgeVlmProcessor]:
@@ -237,19 +241,23 @@ def run_folder(folder: str | Path, overwrite: bool, resume: bool = False) -> Ite
     check_run_folder(folder, overwrite, resume)
     begun = (folder / "recipe.yaml").is_file()
     earlier = None
-    if begun and not resume:
-        earlier = Path(tempfile.mkdtemp(prefix=_earlier(folder), dir=folder.parent)) / folder.name
-        folder.rename(earlier)
-    try:
+    with writing("run folder", folder):
+        if begun and not resume:
+            earlier = beside(folder, _EARLIER)
+            folder.rename(earlier)
         folder.mkdir(parents=True, exist_ok=True)
+    try:
         yield folder
     except BaseException:
         if earlier is not None:
             if (folder / BAD_BATCHES).exists():  # the error has sent its reader there
                 (folder / BAD_BATCHES).replace(earlier / BAD_BATCHES)
-            shutil.rmtree(folder, ignore_errors=True)
-            earlier.rename(folder)
-            earlier.parent.rmdir()
+            remove_run(folder)
+            if folder.exists():  # its user has put something there
+                shutil.copytree(earlier, folder, dirs_exist_ok=True, copy_function=shutil.move)
+                shutil.rmtree(earlier)
+            else:
+                earlier.rename(folder)
         elif not (
             (begun and resume)
             or (folder / "metrics.json").exists()
@@ -258,23 +266,24 @@ def run_folder(folder: str | Path, overwrite: bool, resume: bool = False) -> Ite
             or (folder / BAD_BATCHES).exists()
         ):
             # Nothing has come of it yet: the next try need not ask to overwrite it.
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_run(folder)
         raise
     # Also those that a run which was killed would have replaced.
-    for replaced in folder.parent.glob(f"{glob.escape(_earlier(folder))}*"):
-        shutil.rmtree(replaced)
+    for replaced in unfinished(folder.parent, [folder.name], _EARLIER):
+        remove_run(replaced)
 
 
-def _earlier(folder: Path) -> str:
-    return f".{folder.name}.earlier-"
+_EARLIER = "earlier."
 
 
 def check_run_folder(folder: str | Path, overwrite: bool, resume: bool = False) -> None:
-    """Raises UserError if the folder exists and neither `overwrite` nor `resume` is on, or if it is not one of ours."""
+    """Raises UserError if the folder exists and neither `overwrite` nor `resume` is on, or if it is not one of ours, or if
+    something else in it would be lost, or if it cannot be written."""
     folder = Path(folder)
-    # All there may be of a run that was killed at its first file.
-    unfinished = f".recipe.yaml.*{UNFINISHED}"
-    if not folder.exists() or (folder.is_dir() and all(path.match(unfinished) for path in folder.iterdir())):
+    with reading("run folder", folder):
+        new = not folder.exists() or is_begun_only(folder)
+    if new:
+        check_new_folder("run folder", folder)
         return
     ours = (folder / "recipe.yaml").is_file()
     if resume:
@@ -286,6 +295,11 @@ def check_run_folder(folder: str | Path, overwrite: bool, resume: bool = False) 
         raise UserError(f"run folder: '{folder}' exists, expected a new one (or --overwrite to replace it{other}).")
     if not ours:
         raise UserError(f"run folder: '{folder}' holds no earlier run, and is not replaced even with --overwrite.")
+    if others := foreign_files(folder):
+        raise UserError(
+            f"run folder: '{folder}' also holds '{others[0].relative_to(folder)}', which is no part of a run, and is not "
+            "replaced even with --overwrite: move that away, or name another folder."
+        )
 
 
 def is_complete(folder: Path) -> bool:
@@ -297,8 +311,12 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
     """Raises UserError, one sentence with the first difference, if the run in the folder is of another recipe; what to do
     about a step that goes wrong, and who gets the log, may differ."""
     try:
-        begun = yaml.safe_load((folder / "recipe.yaml").read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+        with reading("run folder", folder / "recipe.yaml"):
+            begun = yaml.safe_load((folder / "recipe.yaml").read_bytes())
+        # Of an earlier version, it lacks the keys that are new since.
+        with suppress(UserError):
+            begun = yaml.safe_load(build(Recipe, begun).to_yaml())
+    except yaml.YAMLError:
         begun = None
     here, kept = yaml.safe_load(recipe.to_yaml()), (*WATCH_KEYS, "report_to")
     for each in (begun, here):
@@ -316,7 +334,7 @@ def check_same_processes(folder: Path) -> None:
     way to share the work: their steps are of other samples, or their files of another form."""
     try:
         begun = json.loads((folder / "environment.json").read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
         return
     there, here = (
         (values.get("processes", 1), values.get("engine", "no launcher")) for values in (begun, environment())
@@ -446,21 +464,19 @@ def fit(
             # Else whatever is loaded or generated from here on would wait for the other processes.
             unset_hf_deepspeed_config()
         if adapted is not None and is_main():
-            adapted.save_pretrained(folder / ADAPTER_FOLDER, save_embedding_layers=False)
+            save_adapter(adapted, folder / ADAPTER_FOLDER)
             model = adapted.merge_and_unload()
     finally:
         if is_main() and last_checkpoint(folder) is None:
-            shutil.rmtree(scratch, ignore_errors=True)
+            remove_resumable(folder)
     return model.eval(), processor, log, curve.points
 
 
 def _cleared(folder: Path, resume: bool) -> Path | None:
-    """The checkpoint to go on from, if any, in a trainer's folder that holds nothing else."""
-    scratch, checkpoint = folder / TRAINER_FOLDER, last_checkpoint(folder) if resume else None
-    for left in scratch.iterdir() if scratch.is_dir() else ():
-        if left != checkpoint:
-            shutil.rmtree(left, ignore_errors=True)
-    scratch.mkdir(parents=True, exist_ok=True)
+    """The checkpoint to go on from, if any, in a trainer's folder that holds no other."""
+    checkpoint = last_checkpoint(folder) if resume else None
+    remove_resumable(folder, but=checkpoint)
+    (folder / TRAINER_FOLDER).mkdir(parents=True, exist_ok=True)
     return checkpoint
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, reading
 from .recipe import PREVIOUS, Recipe, load_recipe
 
 
@@ -20,9 +20,10 @@ def load_stages(folder: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
             is not there, or a first stage that wants to start from the one before.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"recipes: '{folder}' is not a folder, expected one with a YAML file for each stage.")
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".yaml", ".yml"))
+    with reading("recipes", folder):
+        if not folder.is_dir():
+            raise UserError(f"recipes: '{folder}' is not a folder, expected one with a YAML file for each stage.")
+        files = sorted(path for path in folder.iterdir() if path.suffix in (".yaml", ".yml"))
     if not files:
         raise UserError(f"recipes: '{folder}' has no YAML files, expected one for each stage.")
     own: dict[str, list[str]] = {path.stem: [] for path in files}
@@ -38,7 +39,7 @@ def load_stages(folder: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
     for path in files:
         try:
             stages[path.stem] = load_recipe(path, own[path.stem])
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"{path.name}: {error}") from None
     first = next(iter(stages))
     if stages[first].model.checkpoint == PREVIOUS:
@@ -97,7 +98,7 @@ def _check(stages: dict[str, Recipe], output: Path) -> None:
             begun = (folder / "recipe.yaml").is_file()
             if begun:
                 check_same_recipe(folder, recipe)
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"{name}: {error}") from None
         if begun and unfinished is not None and recipe.model.checkpoint == PREVIOUS:
             raise UserError(

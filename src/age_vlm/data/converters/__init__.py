@@ -88,7 +88,7 @@ def convert(
             gen_kwargs={**settings, "numbers": (0,), "state": _state(arguments)},
         )
     except DatasetGenerationError as error:
-        if isinstance(error.__cause__, ValueError):
+        if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise
 
