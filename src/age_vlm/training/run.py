@@ -136,11 +136,16 @@ def set_trainable(model: AgeVlmForConditionalGeneration, recipe: TrainingRecipe)
 
 
 def training_arguments(
-    recipe: TrainingRecipe, seed: int, folder: str | Path, progress: bool, name: str | None = None
+    recipe: TrainingRecipe,
+    seed: int,
+    folder: str | Path,
+    progress: bool,
+    name: str | None = None,
+    kind: type[TrainingArguments] = TrainingArguments,
 ) -> TrainingArguments:
     checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     checkpointing = checkpointing if recipe.gradient_checkpointing else {}
-    return TrainingArguments(
+    return kind(
         output_dir=str(folder),
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.batch_size,
