@@ -298,7 +298,7 @@ def test_truncation_keeps_pictures_and_drops_groundings_that_it_cuts_off(make_co
     groundings = [phrase(TALK, 0, "dog"), phrase(TALK, 5, "red car")]
     whole = make_collator()([sample(TALK, [picture(0)], groundings)])
     (_, early), (_, late) = whole["grounding_rows"].tolist()
-    for length, kept in ((late + 1, 2), (late, 1), (early, 0)):
+    for length, kept in ((late + 1, 2), (late, 1)):
         talk = sample(TALK, [picture(0)], groundings)
         batch = make_collator(max_length=length)([talk, sample(TALK, [picture(1)], groundings[:1], name="b")])
         assert batch["input_ids"].shape[1] == length
@@ -309,6 +309,24 @@ def test_truncation_keeps_pictures_and_drops_groundings_that_it_cuts_off(make_co
         make_collator(max_length=3)([sample(TALK, [picture(0)])])
     with pytest.raises(ValueError, match="max_length: sample 'one'"):
         make_collator(max_length=early + 5, independent_turns=True)([sample(TALK, [picture(0)])])
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("independent", [False, True])
+def test_answers_that_are_cut_off_whole_are_refused_by_name(make_collator, independent, packing):
+    settings = {"independent_turns": independent, "packing": packing}
+    long = sample(TALK[:2], [picture(1)], name="long")
+    labels = make_collator(independent_turns=independent)([long])["labels"][0].tolist()
+    first = next(number for number, label in enumerate(labels) if label != -100)
+    assert (make_collator(max_length=first + 1, **settings)([long])["labels"] != -100).sum() == 1
+    with pytest.raises(
+        ValueError, match="^max_length: sample 'long' has .* no token to learn among the first"
+    ) as caught:
+        make_collator(max_length=first, **settings)([long])
+    assert "\n" not in str(caught.value)
+    # What has no answer is for measuring, and is no matter of the length.
+    question = sample(TALK[:1], [picture(0)], name="question")
+    assert (make_collator(max_length=first, **settings)([question])["labels"] == -100).all()
 
 
 def test_a_tokenizer_without_padding_token_will_do(processor, make_collator, grid):

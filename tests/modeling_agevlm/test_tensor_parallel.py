@@ -44,8 +44,11 @@ RANKS = textwrap.dedent(
         with torch.no_grad():
             outputs = model(**job["batch"], use_cache=True, cross_attention_rows=job["rows"])
             answers = [model.generate(**job["batch"], **options) for options in job["options"]]
-        loss = model.train()(**job["batch"], labels=job["batch"]["input_ids"]).loss
-        loss.backward()
+        outputs_in_training = model.train()(
+            **job["batch"], labels=job["batch"]["input_ids"], cross_attention_rows=job["rows"]
+        )
+        # Of one head, which one process has.
+        (outputs_in_training.loss + (outputs_in_training.cross_attention_maps[1][:, 3] * job["target"]).sum()).backward()
         gradients = {
             name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for name, p in model.named_parameters()
         }
@@ -81,7 +84,8 @@ def test_two_processes_are_one_model(make_model, make_batch, tmp_path):
     rows = torch.tensor([[0, 13], [2, 13]])
     options = [GREEDY, GREEDY | {"num_beams": 2}]
     model.save_pretrained(tmp_path / "model")
-    torch.save({"batch": batch, "rows": rows, "options": options}, tmp_path / "job.pt")
+    target = 10 * torch.rand(2, model(**batch, cross_attention_rows=rows).cross_attention_maps[1].shape[-1])
+    torch.save({"batch": batch, "rows": rows, "options": options, "target": target}, tmp_path / "job.pt")
     (tmp_path / "ranks.py").write_text(RANKS)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -101,11 +105,12 @@ def test_two_processes_are_one_model(make_model, make_batch, tmp_path):
         torch.testing.assert_close(rank["logits"], alone.logits, atol=1e-4, rtol=1e-4)
         for answer, choice in zip(rank["answers"], options):
             assert torch.equal(answer, model.generate(**batch, **choice))
-    # As transformers' own `attentions`: each process has the maps of its own heads.
-    for whole, half, other in zip(alone.cross_attention_maps, first["maps"], second["maps"]):
-        torch.testing.assert_close(torch.cat([half, other], dim=1), whole, atol=1e-5, rtol=1e-4)
+    for rank in (first, second):
+        for whole, ours in zip(alone.cross_attention_maps, rank["maps"], strict=True):
+            torch.testing.assert_close(ours, whole, atol=1e-5, rtol=1e-4)
 
-    model.train()(**batch, labels=batch["input_ids"]).loss.backward()
+    outputs = model.train()(**batch, labels=batch["input_ids"], cross_attention_rows=rows)
+    (outputs.loss + (outputs.cross_attention_maps[1][:, 3] * target).sum()).backward()
     for name, parameter in model.named_parameters():
         for rank in (first, second):
             torch.testing.assert_close(

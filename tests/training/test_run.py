@@ -274,18 +274,27 @@ def test_backbones_come_in_the_type_that_is_asked_for(backbones, source):
 
 def test_training_arguments_are_those_of_the_recipe(tmp_path):
     recipe = TrainingRecipe(
-        steps=40, batch_size=3, gradient_accumulation=2, learning_rate=0.3, weight_decay=0.2, warmup=0.1, workers=0
-    )
+        steps=40, batch_size=3, gradient_accumulation=2, learning_rate=0.3, weight_decay=0.2, warmup=0.1, workers=0,
+        adam_beta2=0.87, max_grad_norm=0.4, schedule="linear", log_every=6,
+    )  # fmt: skip
     arguments = training_arguments(recipe, 5, tmp_path, progress=False)
     assert (arguments.max_steps, arguments.per_device_train_batch_size) == (40, 3)
     assert (arguments.gradient_accumulation_steps, arguments.learning_rate) == (2, 0.3)
     assert (arguments.weight_decay, arguments.warmup_steps, arguments.seed) == (0.2, 4, 5)
+    assert (arguments.adam_beta2, arguments.max_grad_norm, arguments.logging_steps) == (0.87, 0.4, 6)
+    assert arguments.lr_scheduler_type == "linear"
     assert not arguments.bf16 and not arguments.fp16 and not arguments.remove_unused_columns
     assert arguments.save_strategy == "no" and not arguments.gradient_checkpointing
     recipe = TrainingRecipe(save_every=7, gradient_checkpointing=True)
     arguments = training_arguments(recipe, 5, tmp_path, progress=False)
     assert (arguments.save_strategy, arguments.save_steps) == ("steps", 7)
     assert arguments.gradient_checkpointing or arguments.activation_checkpointing
+
+
+@pytest.mark.parametrize("warmup, steps, expected", [(0, 40, 0), (0.0, 3, 0), (0.01, 40, 1), (0.5, 40, 20)])
+def test_no_warmup_is_none(tmp_path, warmup, steps, expected):
+    arguments = training_arguments(TrainingRecipe(steps=steps, warmup=warmup), 0, tmp_path, progress=False)
+    assert arguments.get_warmup_steps(steps) == expected
 
 
 def test_the_environment_can_be_written_down():

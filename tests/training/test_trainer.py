@@ -11,6 +11,7 @@ import textwrap
 import numpy as np
 import pytest
 import torch
+from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from PIL import Image
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
@@ -19,10 +20,18 @@ from age_vlm.data.schema import assistant_message, grounding, user_message
 from age_vlm.evaluation.attention import picture_attention
 from age_vlm.training import AgeVlmTrainer, AlignmentConfig
 from age_vlm.training.alignment import alignment_losses
+from age_vlm.training.lora import lora_config
 from age_vlm.training.parts import part_of
 
 
 ALIGNMENT = AlignmentConfig(weight=0.7, layers=[0, 1])
+VISION_CONFIG = {
+    "model_type": "timm_wrapper",
+    "architecture": "convnext_atto",
+    "do_pooling": False,
+    "model_args": {"features_only": True, "out_indices": [1], "depths": [1, 1, 1, 1], "dims": [8, 16, 16, 16]},
+    "hidden_size": 16,
+}
 SGD = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
 
 
@@ -58,6 +67,9 @@ def make_trainer(make_model, processor, tmp_path):
         cls=AgeVlmTrainer,
         alignment=ALIGNMENT,
         learning_rates=None,
+        model=None,
+        independent=True,
+        options=None,
         **arguments,
     ):
         settings = {
@@ -76,12 +88,14 @@ def make_trainer(make_model, processor, tmp_path):
             **SGD,
             **arguments,
         }
-        collator = AgeVlmCollator(processor, grid, independent_turns=True)
+        collator = AgeVlmCollator(processor, grid, independent_turns=independent)
         if cls is Trainer:
             kwargs = {"data_collator": lambda samples: without_masks(collator(samples))}
         else:
             kwargs = {"data_collator": collator, "alignment": alignment, "learning_rates": learning_rates}
-        trainer = cls(make_model(), TrainingArguments(**settings), train_dataset=talks, eval_dataset=talks, **kwargs)
+        model = make_model() if model is None else model
+        kwargs |= options or {}
+        trainer = cls(model, TrainingArguments(**settings), train_dataset=talks, eval_dataset=talks, **kwargs)
         trainer.remove_callback(PrinterCallback)
         return trainer
 
@@ -307,6 +321,273 @@ def test_packed_batches_train_as_padded_ones(make_trainer, processor, independen
     for one, other in zip(*logs):
         for name in {"lm_loss", "alignment_loss", "attention_mass", "pointing_accuracy", "loss"} & one.keys():
             assert one[name] == pytest.approx(other[name], rel=1e-4), name
+
+
+# Smoothed labels
+
+
+def smoothed(logits, labels, epsilon=0.1):
+    """Sum over the tokens that are learned, and how many these are: each is the next token of the one before."""
+    return (
+        torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum", label_smoothing=epsilon
+        ),
+        int((labels[:, 1:] != -100).sum()),
+    )
+
+
+def lora(model):
+    return get_peft_model(model, lora_config("cross_attention", rank=2))
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, lora], ids=["whole", "LoRA"])
+@pytest.mark.parametrize("cls", [AgeVlmTrainer, Trainer])
+def test_smoothed_labels_are_those_of_the_next_token(make_trainer, make_model, cls, wrap):
+    options = {"label_smoothing_factor": 0.1, "learning_rate": 0.0, "batch": 3, "talks": TALKS[:6], "accumulation": 2}
+    trainer = make_trainer(cls=cls, model=wrap(make_model()), **options)
+    total, tokens, aligned = 0.0, 0, []
+    collator = (
+        AgeVlmCollator(trainer.data_collator.processor, trainer.data_collator.grid, independent_turns=True)
+        if (cls is AgeVlmTrainer)
+        else trainer.data_collator
+    )
+    with torch.no_grad():
+        for sample in TALKS[:6]:
+            batch = without_masks(collator([sample]))
+            one, count = smoothed(trainer.model(**batch, use_cache=False).logits, batch["labels"])
+            total, tokens = total + float(one), tokens + count
+        if cls is AgeVlmTrainer:
+            aligned = losses_of(trainer.model, collator, TALKS[:6])[2]
+    expected = total / tokens
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    if cls is AgeVlmTrainer:
+        assert logged["lm_loss"] == pytest.approx(expected, rel=1e-4)
+        expected += ALIGNMENT.weight * float(aligned.mean())
+    assert logged["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_smoothed_labels_do_not_depend_on_the_name_of_the_class(make_trainer, make_model):
+    """Sharding (FSDP2) renames it."""
+    model = make_model()
+    model.__class__ = type("FSDPAgeVlm", (type(model),), {})
+    options = {"label_smoothing_factor": 0.1, "learning_rate": 0.0}
+    renamed, plain = make_trainer(model=model, **options), make_trainer(**options)
+    for trainer in (renamed, plain):
+        trainer.train()
+    assert renamed.state.log_history[0]["loss"] == plain.state.log_history[0]["loss"]
+
+
+# Evaluation
+
+
+MIXED = [*TALKS[:5], talk(8, 2, images=3), talk(9, 0, images=2), talk(10, 1, images=2)]
+
+
+@pytest.mark.parametrize("cls", [AgeVlmTrainer, Trainer])
+@pytest.mark.parametrize("independent", [True, False])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_predictions_are_the_logits(make_trainer, cls, independent, batch):
+    seen = {}
+
+    def measure(prediction):
+        seen.update(predictions=prediction.predictions, labels=prediction.label_ids)
+        return {"rows": len(prediction.label_ids)}
+
+    trainer = make_trainer(
+        cls=cls, talks=MIXED, batch=batch, independent=independent, options={"compute_metrics": measure}
+    )
+    assert trainer.evaluate()["eval_rows"] == len(MIXED)
+    found = trainer.predict(MIXED)
+    assert found.metrics["test_rows"] == len(MIXED)
+    for predictions, labels in ((seen["predictions"], seen["labels"]), (found.predictions, found.label_ids)):
+        assert isinstance(predictions, np.ndarray)
+        assert predictions.shape == (*labels.shape, 300) and labels.shape[0] == len(MIXED)
+    with torch.no_grad():
+        for number, sample in enumerate(MIXED):
+            batch = without_masks(trainer.data_collator([sample]))
+            logits = trainer.model(**batch, use_cache=False).logits[0].numpy()
+            np.testing.assert_allclose(found.predictions[number, : len(logits)], logits, atol=2e-4)
+
+
+def test_predictions_without_labels_need_none(make_trainer):
+    trainer = make_trainer(talks=TALKS[:3])
+    collator = trainer.data_collator
+    expected = trainer.predict(TALKS[:3]).predictions
+    trainer.data_collator = lambda samples: {k: v for k, v in collator(samples).items() if k != "labels"}
+    np.testing.assert_array_equal(trainer.predict(TALKS[:3]).predictions, expected)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_evaluation_says_what_training_logs(make_trainer, batch):
+    trainer = make_trainer(batch=batch)
+    figures = trainer.evaluate(metric_key_prefix="held")
+    with torch.no_grad():
+        total, tokens, aligned = losses_of(trainer.model, trainer.data_collator, TALKS)
+    assert figures["held_lm_loss"] == pytest.approx(float(total / tokens), rel=1e-4)
+    assert figures["held_alignment_loss"] == pytest.approx(float(aligned.mean()), rel=1e-4)
+    training = make_trainer(learning_rate=0.0)
+    training.train()
+    for name in ("lm_loss", "alignment_loss", "attention_mass", "pointing_accuracy"):
+        assert figures[f"held_{name}"] == pytest.approx(training.state.log_history[0][name], rel=1e-4), name
+    if batch == 8:
+        assert figures["held_loss"] == pytest.approx(
+            figures["held_lm_loss"] + ALIGNMENT.weight * figures["held_alignment_loss"], rel=1e-4
+        )
+    assert trainer.predict(TALKS).metrics["test_attention_mass"] == pytest.approx(figures["held_attention_mass"])
+    logged = trainer.state.log_history[0]
+    assert logged["held_lm_loss"] == figures["held_lm_loss"]
+
+
+def test_evaluation_without_masks_says_nothing_of_them(make_trainer):
+    figures = make_trainer(talks=[TALKS[1], TALKS[3]]).evaluate()
+    assert figures["eval_lm_loss"] == pytest.approx(figures["eval_loss"], rel=1e-5)
+    assert not {"eval_alignment_loss", "eval_attention_mass", "eval_pointing_accuracy"} & figures.keys()
+
+
+def test_evaluation_on_the_way_leaves_the_log_of_training_alone(make_trainer):
+    options = {"steps": 4, "batch": 2, "logging_steps": 2}
+    plain, evaluated = make_trainer(**options), make_trainer(**options, eval_strategy="steps", eval_steps=1)
+    for trainer in (plain, evaluated):
+        trainer.train()
+    lines = [[entry for entry in trainer.state.log_history if "loss" in entry] for trainer in (plain, evaluated)]
+    assert lines[0] == lines[1]
+    assert sum("eval_alignment_loss" in entry for entry in evaluated.state.log_history) == 4
+
+
+# Prompt learning
+
+
+def prompted(model, kind):
+    config = {
+        "prompt": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
+        "p": PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, encoder_hidden_size=8),
+        "prefix": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
+    }[kind]
+    return get_peft_model(model, config)
+
+
+def text_options(model):
+    """What PEFT reads of the configuration of a language model."""
+    text = model.config.text_config
+    for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size"):
+        setattr(model.config, name, getattr(text, name))
+    return model
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("kind", ["prompt", "p", "prefix"])
+def test_virtual_tokens_do_not_move_what_is_aligned(make_trainer, make_model, kind, smoothing):
+    model = prompted(text_options(make_model()), kind)
+    trainer = make_trainer(
+        model=model, independent=False, talks=[TALKS[0], TALKS[2], TALKS[4]], learning_rate=0.0,
+        label_smoothing_factor=smoothing,
+    )  # fmt: skip
+    batch = trainer.data_collator(trainer.train_dataset)
+    grounding = {key: batch.pop(key) for key in GROUNDING_KEYS}
+    everything = torch.cartesian_prod(torch.arange(3), torch.arange(batch["input_ids"].shape[1]))
+    shift = 0 if kind == "prefix" else 5
+    with torch.no_grad():
+        outputs = model.eval()(**batch, cross_attention_rows=everything + torch.tensor([0, shift]), use_cache=False)
+    maps = [each.unflatten(0, batch["input_ids"].shape) for each in outputs.cross_attention_maps]
+    rows = grounding["grounding_rows"]
+    attention = picture_attention(
+        [each[rows[:, 0], rows[:, 1]] for each in maps], grounding["grounding_slots"],
+        grounding["grounding_coverage"].shape[-1], ALIGNMENT.layers,
+    )  # fmt: skip
+    aligned = alignment_losses(attention, grounding["grounding_coverage"], ALIGNMENT).mean()
+    total, tokens = smoothed(outputs.logits[:, shift:], batch["labels"], smoothing)
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert logged["alignment_loss"] == pytest.approx(float(aligned), rel=1e-4)
+    assert logged["lm_loss"] == pytest.approx(float(total / tokens), rel=1e-4)
+    found = trainer.predict(trainer.train_dataset)
+    assert found.predictions.shape[:2] == found.label_ids.shape
+
+
+@pytest.mark.parametrize("kind", ["prompt", "p", "prefix"])
+def test_packed_texts_are_refused_with_virtual_tokens(make_trainer, make_model, kind):
+    model = prompted(text_options(make_model()), kind)
+    with pytest.raises(ValueError, match="^position_ids: got packed texts with P.* of PEFT") as caught:
+        make_trainer(model=model).train()
+    assert "\n" not in str(caught.value)
+
+
+# Weight decay
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, lora], ids=["whole", "LoRA"])
+def test_gates_and_layer_scales_do_not_decay(make_trainer, make_model, wrap):
+    vision = {**VISION_CONFIG, "model_args": {**VISION_CONFIG["model_args"], "ls_init_value": 0.1}}
+    model = wrap(make_model(vision_config=vision))
+    trainer = make_trainer(model=model, weight_decay=0.1)
+    decayed = set(trainer.get_decay_parameter_names(model))
+    names = {name for name, _ in model.named_parameters()}
+    scales = {name for name in names if name.endswith(".gamma")}
+    gates = {name for name in names if "_gate." in name}
+    assert scales and len(gates) >= 4 and not (scales | gates) & decayed
+    assert any(name.endswith("q_proj.weight") or "lora_A" in name for name in decayed)
+    assert any(".mlp.gate_proj." in name for name in decayed)  # a matrix of Llama's feed-forward, no gate of ours
+
+
+@pytest.mark.parametrize("name", ["layer_scale_parameter", "layer_scale1.lambda1", "lambda_1", "ls1.gamma", "gamma_2"])
+def test_every_name_of_a_layer_scale_is_known(make_trainer, name):
+    *modules, last = name.split(".")
+    part = torch.nn.Module()
+    holder = part
+    for module in modules:
+        holder.add_module(module, torch.nn.Module())
+        holder = getattr(holder, module)
+    holder.register_parameter(last, torch.nn.Parameter(torch.ones(3)))
+    assert make_trainer().get_decay_parameter_names(part) == []
+
+
+# Starting again
+
+
+def test_smaller_batches_begin_a_new_log(make_trainer, monkeypatch):
+    """`auto_find_batch_size` begins again where memory is too small."""
+    options = {"learning_rate": 0.0, "logging_steps": 2, "steps": 2}
+    trainer = make_trainer(batch=8, auto_find_batch_size=True, **options)
+    step, calls = trainer.training_step, []
+
+    def training_step(*args, **kwargs):
+        calls.append(None)
+        loss = step(*args, **kwargs)
+        if len(calls) == 2:
+            raise RuntimeError("CUDA out of memory.")
+        return loss
+
+    monkeypatch.setattr(trainer, "training_step", training_step)
+    trainer.train()
+    smaller = trainer._train_batch_size
+    assert smaller < 8 and len(calls) == 4
+    reference = make_trainer(batch=smaller, **options)
+    reference.train()
+    for name in ("loss", "lm_loss", "alignment_loss", "attention_mass", "pointing_accuracy"):
+        line, expected = (each.state.log_history[0] for each in (trainer, reference))
+        assert line[name] == pytest.approx(expected[name], rel=1e-6), name
+
+
+def test_a_second_training_begins_a_new_log(make_trainer):
+    trainer = make_trainer(steps=3, batch=2, logging_steps=2, learning_rate=0.0)
+    for _ in range(2):
+        trainer.train()
+        lines = [entry for entry in trainer.state.log_history if "loss" in entry]
+        assert lines[0]["loss"] == pytest.approx(lines[0]["lm_loss"] + 0.7 * lines[0]["alignment_loss"], rel=1e-4)
+
+
+def test_a_step_without_a_token_to_learn_is_named(make_trainer):
+    questions = [{**sample, "messages": sample["messages"][:1], "groundings": []} for sample in TALKS[:2]]
+    trainer = make_trainer(batch=2, steps=2, talks=[*TALKS[2:4], *questions])
+    with pytest.raises(ValueError, match="^labels: got no token to learn at step 2.*samples 0, 1") as caught:
+        trainer.train()
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="^labels: got an evaluation batch without a token to learn"):
+        trainer.evaluate(questions)
+    half = make_trainer(batch=1, accumulation=2, talks=[questions[0], TALKS[2]])
+    half.train()  # the step has some
+    assert np.isfinite(half.state.log_history[0]["loss"])
 
 
 # What goes wrong

@@ -64,8 +64,8 @@ class AgeVlmCollator:
     picture of its row, `grounding_coverage` (groundings, rows x columns) how much of each image token the mask covers.
 
     Raises:
-        UserError: one sentence, for a sample that does not follow the schema or still lacks masks, or a picture that
-            `max_length` cuts off.
+        UserError: one sentence, for a sample that does not follow the schema or still lacks masks, and for a picture, or all
+            answers of a sample, that `max_length` cuts off.
     """
 
     def __init__(
@@ -234,10 +234,16 @@ class AgeVlmCollator:
                 f"max_length: sample '{sample['id']}' has {len(ids)} tokens and a picture after token {most}, "
                 "expected a length that keeps all image tokens."
             )
+        kept = whole.labels[:most]
+        if any(label != -100 for label in whole.labels) and all(label == -100 for label in kept):
+            raise UserError(
+                f"max_length: sample '{sample['id']}' has {len(ids)} tokens and no token to learn among the first {most}, "
+                "expected a length that keeps some of its answers."
+            )
         return replace(
             whole,
             input_ids=ids[:most],
-            labels=whole.labels[:most],
+            labels=kept,
             positions=whole.positions[:most],
             groundings=[each for each in whole.groundings if each[0] < most],
         )

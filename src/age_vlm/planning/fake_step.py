@@ -12,6 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+from transformers import TrainingArguments
 
 from ..modeling_agevlm import AgeVlmForConditionalGeneration
 from ..training.parts import PARTS, part_of
@@ -41,10 +42,8 @@ class StepFigures:
     backward: float
 
 
-class _FakeTrainer(AgeVlmTrainer):
-    def _move_model_to_device(self, model, device) -> None:
-        # Fake weights are made on their device, and cannot be moved.
-        pass
+class _InPlace(TrainingArguments):
+    place_model_on_device = False  # fake weights are made on their device, and cannot be moved
 
 
 class _Operations(TorchDispatchMode):
@@ -84,11 +83,11 @@ def fake_step(
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        arguments = training_arguments(training, recipe.seed, folder, progress=False)
+        arguments = training_arguments(training, recipe.seed, folder, progress=False, kind=_InPlace)
         with fake:
             model.to_empty(device=arguments.device)
         model.tie_weights()
-        trainer = _FakeTrainer(
+        trainer = AgeVlmTrainer(
             model, arguments, alignment=recipe.alignment, learning_rates=recipe.training.learning_rates
         )
         trainer.state.max_steps = training.steps

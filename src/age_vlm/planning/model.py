@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from ..configuration import IMAGE_SIZES, AgeVlmConfig, preset_config
 from ..data.collator import AgeVlmCollator, token_grid_size
@@ -161,7 +161,7 @@ def _load(
     if isinstance(stored, str):
         stored = getattr(torch, stored)
     with torch.device("meta"):
-        model = AgeVlmForConditionalGeneration._from_config(config, dtype=dtype or stored or torch.float32)
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype or stored or torch.float32)
     model.set_attn_implementation({"text_config": recipe.attention})
     return model, processor
 

@@ -8,6 +8,22 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import gather_object
+from torch.nn.utils import get_total_norm
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from ..errors import UserError
+from .processes import EndedElsewhere
+
+
+if TYPE_CHECKING:
+    from .trainer import AgeVlmTrainer
+
+logger = logging.get_logger(__name__)
 
 
 # In a run folder: one line for each step whose loss or gradient was not finite.
@@ -27,7 +43,7 @@ class BadStep:
     Attributes:
         step: number of the step, counted from 1.
         loss: of the step.
-        grad_norm: length of its gradient before clipping.
+        grad_norm: length of the gradient that the optimizer would have got, after clipping.
         sample_ids: of each of its batches.
         usual: median of the steps before, for a spike.
     """
@@ -99,3 +115,105 @@ def append_bad_step(path: Path, bad: BadStep) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(bad.record()) + "\n")
+
+
+class StepWatch(TrainerCallback):
+    """Looks at the loss and gradient of every step before the optimizer does, and does what `trainer.non_finite` says.
+
+    Args:
+        trainer: it is told by `forget_step` that a step is skipped.
+        spike_threshold: see `SpikeWatch`.
+
+    Attributes:
+        sample_ids: of each batch of the step that is being made.
+        losses: of each of these batches, scalars.
+        tokens: that are learned in the step, of all processes; None where nobody counts them.
+        skipped_in_a_row: so many steps, the last one among them, were skipped.
+    """
+
+    def __init__(self, trainer: AgeVlmTrainer, spike_threshold: float):
+        self.trainer, self.spike_threshold = trainer, spike_threshold
+        self.spikes = SpikeWatch(spike_threshold)
+        self.skipped_in_a_row = 0
+        self.begin_step()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # Maybe not for the first time.
+        self.spikes = SpikeWatch(self.spike_threshold)
+        self.skipped_in_a_row = 0
+        self.trainer.start_anew()
+
+    def begin_step(self) -> None:
+        """Forgets the batches of the step before."""
+        self.sample_ids: list[list[str]] = []
+        self.losses: list[torch.Tensor] = []
+        self.tokens: torch.Tensor | int | None = None
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        # The one time in a step that the host waits for the device. Trainer's `logging_nan_inf_filter`, which recipes turn
+        # off for it, waits once for each batch; to look only where the loss is logged would be cheaper still, but by then
+        # the weights are spoilt, and with them the checkpoint that would be gone on from.
+        accelerator = self.trainer.accelerator
+        loss = torch.stack(self.losses).float().sum()
+        if self.trainer.is_deepspeed_enabled:
+            norm = self.trainer.model_wrapped.get_global_grad_norm()  # none before its first step
+        else:
+            norm = gradient_norm(model)
+        both = torch.stack([loss, torch.as_tensor(0.0 if norm is None else norm).to(loss)])
+        if accelerator.num_processes > 1:
+            # All must come to the same conclusion.
+            both = accelerator.reduce(both, "mean")
+        loss, norm = both.tolist()
+        bad = BadStep(state.global_step + 1, loss, norm, [])
+        # A scaler of fp16 gradients looks for their limit by going beyond it, and leaves such steps out itself.
+        if not (math.isfinite(loss) and (math.isfinite(norm) or accelerator.mixed_precision == "fp16")):
+            self._refuse(bad, state)
+            model.zero_grad()  # to None: the optimizer passes over parameters without gradients, its own state too
+            self.trainer.forget_step()
+            return
+        self.skipped_in_a_row = 0
+        bad.usual = self.spikes.usual(loss)
+        if bad.usual is not None:
+            bad.sample_ids = gather_object(self.sample_ids)
+            logger.warning(f"Step {bad.step}: {bad}.")
+            _keep(state, "spike", bad)
+
+    def _refuse(self, bad: BadStep, state) -> None:
+        losses = [math.isfinite(value) for value in torch.stack(self.losses).tolist()]
+        # Where it is the gradient that overflowed, any of the batches may have done it.
+        ours = [names for names, finite in zip(self.sample_ids, losses) if not finite or math.isfinite(bad.loss)]
+        bad.sample_ids = gather_object(ours)
+        file, skips = self.trainer.bad_batches, self.trainer.non_finite == "skip"
+        if self.trainer.accelerator.is_main_process:
+            append_bad_step(file, bad)
+        self.skipped_in_a_row += 1
+        too_many = self.skipped_in_a_row >= MOST_IN_A_ROW
+        nothing = self.tokens is not None and not self.tokens
+        if skips and not too_many and not nothing:
+            logger.warning(f"Step {bad.step} is skipped: {bad}; see {file}.")
+            _keep(state, "skipped", bad)
+            return
+        if not self.trainer.accelerator.is_main_process:
+            raise EndedElsewhere
+        if nothing:
+            raise UserError(f"labels: got no token to learn at step {bad.step}, expected at least one: {bad}.")
+        times = f", the {MOST_IN_A_ROW}th step in a row," if too_many and skips else ""
+        advice = "" if skips else "; training.non_finite=skip leaves such steps out"
+        raise UserError(f"training: at step {bad.step}{times} {bad}, expected finite numbers ({file}{advice}).")
+
+
+def gradient_norm(model: torch.nn.Module) -> torch.Tensor | None:
+    """Length of the gradient of all parameters, of those that are shared out by DTensor as a whole; None without any."""
+    groups: dict = {}
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            # torch takes no norm over tensors of several meshes.
+            groups.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter.grad)
+    norms = [get_total_norm(gradients) for gradients in groups.values()]
+    norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
+    return torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms])) if norms else None
+
+
+def _keep(state, event: str, bad: BadStep) -> None:
+    # Not by `Trainer.log`: trackers take numbers only.
+    state.log_history.append({"event": event, **bad.record()})

@@ -16,7 +16,7 @@ import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
-from transformers import logging
+from transformers import TrainingArguments, logging
 
 from ..errors import UserError
 
@@ -50,6 +50,11 @@ def engine() -> str:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         return f"DeepSpeed ZeRO-{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '?')}"
     return "DDP"
+
+
+def keep_to_one_gpu(args: TrainingArguments) -> None:
+    """On several GPUs a process without others would cut batches up with `DataParallel`: there is no setting against it."""
+    args._n_gpu = min(args.n_gpu, 1)
 
 
 def join() -> None:

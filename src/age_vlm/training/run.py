@@ -136,11 +136,16 @@ def set_trainable(model: AgeVlmForConditionalGeneration, recipe: TrainingRecipe)
 
 
 def training_arguments(
-    recipe: TrainingRecipe, seed: int, folder: str | Path, progress: bool, name: str | None = None
+    recipe: TrainingRecipe,
+    seed: int,
+    folder: str | Path,
+    progress: bool,
+    name: str | None = None,
+    kind: type[TrainingArguments] = TrainingArguments,
 ) -> TrainingArguments:
     checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     checkpointing = checkpointing if recipe.gradient_checkpointing else {}
-    arguments = TrainingArguments(
+    return kind(
         output_dir=str(folder),
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.batch_size,
@@ -148,7 +153,7 @@ def training_arguments(
         learning_rate=recipe.learning_rate,
         weight_decay=recipe.weight_decay,
         adam_beta2=recipe.adam_beta2,
-        warmup_steps=max(1, round(recipe.warmup * recipe.steps)),
+        warmup_steps=max(1, round(recipe.warmup * recipe.steps)) if recipe.warmup else 0,
         lr_scheduler_type=recipe.schedule,
         max_grad_norm=recipe.max_grad_norm,
         bf16=recipe.precision == "bf16",
@@ -169,9 +174,6 @@ def training_arguments(
         seed=seed,
         disable_tqdm=not progress,
     )
-    # A process trains on one GPU: on more, the trainer would cut batches by rows, which pictures and masks are not in.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments
 
 
 class CurveCallback(TrainerCallback, ExportableState):

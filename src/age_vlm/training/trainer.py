@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.utils import logging
+from transformers.trainer_utils import EvalLoopOutput
 
+from ..configuration import AgeVlmConfig
 from ..data.collator import GROUNDING_KEYS
 from ..data.sample_names import NamedBatches, NamedSamples, unnamed
 from ..errors import UserError
 from ..evaluation.attention import chosen_heads, picture_attention
 from ..evaluation.metrics import attention_mass, pointing_hit
 from .alignment import AlignmentConfig, alignment_losses
-from .loss_watch import BAD_BATCHES, MOST_IN_A_ROW, BadStep, SpikeWatch, append_bad_step
+from .loss_watch import BAD_BATCHES, StepWatch
 from .parts import part_of
-from .processes import EndedElsewhere
+from .processes import keep_to_one_gpu
+from .prompt_learning import virtual_tokens
 
 
-logger = logging.get_logger(__name__)
+# Beside what transformers leaves out itself: the gates, and the layer scales of timm's encoders and transformers' own.
+_NOT_DECAYED = re.compile(r"(^|\.)(attn|mlp)_gate\.|(^|[._])(gamma|lambda|layer_?scale)(_?\d+)?($|[._])")
 
 
 def _keep_batches_whole(args: TrainingArguments) -> None:
     """Pictures and masks of a batch are not one a row: what would cut up its tensors by rows is turned off."""
     # On several GPUs a process without others would cut them with `DataParallel`.
-    args._n_gpu = min(args.n_gpu, 1)
+    keep_to_one_gpu(args)
     # By default one process reads streams for all. Without, each reads the stream and takes its own batches.
     if args.accelerator_config.dispatch_batches:
         raise UserError(
@@ -57,7 +61,10 @@ class AgeVlmTrainer(Trainer):
         Others: as for `Trainer`. The collator is an `AgeVlmCollator`, and `remove_unused_columns` must be off.
 
     Logged besides `loss`: `lm_loss`, `alignment_loss`, `attention_mass` (share of the aligned heads' attention inside
-    the masks), `pointing_accuracy` (how often their maximum falls on the mask) and `alignment_weight`.
+    the masks), `pointing_accuracy` (how often their maximum falls on the mask) and `alignment_weight`. `evaluate` and
+    `predict` report the first four, too, with their prefix: `eval_lm_loss` is the mean over all learned tokens, the others
+    are means over all groundings, while `eval_loss` is, as for any `Trainer`, a mean of the batches' losses. Predictions
+    are the logits alone.
 
     Raises:
         UserError: one sentence: in training, for a sample that cannot be read or made part of a batch, by its id or its
@@ -79,13 +86,16 @@ class AgeVlmTrainer(Trainer):
         if args is not None:
             _keep_batches_whole(args)
         super().__init__(model, args, *others, **kwargs)
+        shared = getattr(self.accelerator, "parallelism_config", None)
+        if any(getattr(shared, f"{kind}_size", 1) > 1 for kind in ("cp", "sp")):
+            raise UserError(
+                "args.parallelism_config: got context or sequence parallelism, expected none: pictures and masks are of "
+                "positions in the whole text."
+            )
         if self.args.remove_unused_columns:
             raise UserError("args.remove_unused_columns: got True, expected False: the collator needs every column.")
         self.alignment = alignment if alignment is not None else AlignmentConfig()
         self.learning_rates = dict(learning_rates or {})
-        self._sums: dict[str, torch.Tensor] = {}
-        self._summed_steps = 0
-        self._groundings_in_step: torch.Tensor | None = None
         if non_finite not in ("stop", "skip"):
             raise UserError(f"non_finite: got '{non_finite}', expected 'stop' or 'skip'.")
         if non_finite == "skip" and self.is_deepspeed_enabled:
@@ -94,17 +104,34 @@ class AgeVlmTrainer(Trainer):
             )
         self.non_finite = non_finite
         self.bad_batches = Path(self.args.output_dir) / BAD_BATCHES if bad_batches is None else Path(bad_batches)
-        self._spikes = SpikeWatch(spike_threshold)
-        self._skipped_in_a_row = 0
-        # Of the step that is being made: the ids of each batch, the loss of each, and `_sums` before it.
-        self._step_ids: list[list[str]] = []
-        self._step_losses: list[torch.Tensor] = []
-        self._sums_before: dict[str, torch.Tensor] = {}
+        self._steps = StepWatch(self, spike_threshold)
+        self._evaluated: list[torch.Tensor] | None = None
+        self.start_anew()
+        self.add_callback(self._steps)
+        if self.label_smoother is not None:
+            # Trainer shifts labels for classes that it knows by name, which sharding changes.
+            self.label_smoother = partial(_smoothed_next_tokens, self.label_smoother)
+        if isinstance(self.model, PreTrainedModel):
+            self.model.register_load_state_dict_post_hook(_tied_are_not_missing)
         # accelerate refuses to shard by classes that the model has none of.
         present = {type(module).__name__ for module in self.model.modules()}
         for module in self.model.modules():
             if isinstance(module, PreTrainedModel):
                 module._no_split_modules = set(module._no_split_modules or ()) & present
+
+    def start_anew(self) -> None:
+        """Forgets what was to be logged of earlier steps: `auto_find_batch_size` begins again with smaller batches."""
+        self._sums: dict[str, torch.Tensor] = {}
+        self._sums_before: dict[str, torch.Tensor] = {}
+        self._summed_steps = 0
+        self._groundings_in_step: torch.Tensor | None = None
+
+    def forget_step(self) -> None:
+        """Takes the step that is being made out of what is logged."""
+        self._sums, self._summed_steps = self._sums_before, self._summed_steps - 1
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        return [name for name in super().get_decay_parameter_names(model) if not _NOT_DECAYED.search(name)]
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         had_one = self.optimizer is not None
@@ -121,12 +148,6 @@ class AgeVlmTrainer(Trainer):
             for part, parameters in parts.items():
                 optimizer.add_param_group({**group, "params": parameters, "lr": self.learning_rates[part]})
         return optimizer
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        # Of tied weights one name is stored: the others are not missing.
-        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
-        missing = [key for key in load_result.missing_keys if key not in tied]
-        super()._issue_warnings_after_load(type(load_result)(missing, load_result.unexpected_keys))
 
     def _alignment_weight(self, step: int) -> float:
         return self.alignment.weight_at(step, self.state.max_steps)
@@ -148,12 +169,13 @@ class AgeVlmTrainer(Trainer):
         return super()._get_train_sampler(train_dataset.samples if named else train_dataset)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        self._step_ids, self._step_losses, self._sums_before = [], [], dict(self._sums)
+        self._steps.begin_step()
+        self._sums_before = dict(self._sums)
 
         def take(batch):
             # Ids are no tensors: they go no further than this.
             batch, names = unnamed(batch)
-            self._step_ids.append(names)
+            self._steps.sample_ids.append(names)
             return batch
 
         batch_samples, num_items = super().get_batch_samples(map(take, epoch_iterator), num_batches, device)
@@ -163,77 +185,26 @@ class AgeVlmTrainer(Trainer):
             count = self.accelerator.reduce(count)
         self._groundings_in_step = count
         self._summed_steps += 1
+        self._steps.tokens = num_items
         return batch_samples, num_items
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
-        self._step_losses.append(loss)
+        self._steps.losses.append(loss)
         return loss
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        """Also the last moment before the optimizer: what `non_finite` says is done here."""
-        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        # The one time in a step that the host waits for the device. Trainer's `logging_nan_inf_filter`, which recipes turn
-        # off for it, waits once for each batch; to look only where the loss is logged would be cheaper still, but by then
-        # the weights are spoilt, and with them the checkpoint that would be gone on from.
-        loss = torch.stack(self._step_losses).float().sum()
-        if self.accelerator.num_processes > 1:
-            # All must come to the same conclusion.
-            loss = self.accelerator.reduce(loss, "mean")
-        norm = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm
-        # DeepSpeed has none before its first step.
-        norm = torch.as_tensor(0.0 if norm is None else norm).to(loss)
-        loss, norm = torch.stack([loss, norm]).tolist()
-        # A scaler of fp16 gradients looks for their limit by going beyond it, and leaves such steps out itself.
-        finite = math.isfinite(loss) and (math.isfinite(norm) or self.accelerator.mixed_precision == "fp16")
-        bad = BadStep(self.state.global_step + 1, loss, norm, [])
-        if not finite:
-            self._refuse(bad)
-            model.zero_grad()  # to None: the optimizer passes over parameters without gradients, its own state too
-            self._sums, self._summed_steps = self._sums_before, self._summed_steps - 1
-            return None
-        self._skipped_in_a_row = 0
-        bad.usual = self._spikes.usual(loss)
-        if bad.usual is not None:
-            bad.sample_ids = gather_object(self._step_ids)
-            logger.warning(f"Step {bad.step}: {bad}.")
-            self._keep("spike", bad)
-        return grad_norm
-
-    def _refuse(self, bad: BadStep) -> None:
-        losses = [math.isfinite(value) for value in torch.stack(self._step_losses).tolist()]
-        # Where it is the gradient that overflowed, any of the batches may have done it.
-        ours = [names for names, finite in zip(self._step_ids, losses) if not finite or math.isfinite(bad.loss)]
-        bad.sample_ids = gather_object(ours)
-        if self.accelerator.is_main_process:
-            append_bad_step(self.bad_batches, bad)
-        self._skipped_in_a_row += 1
-        too_many = self._skipped_in_a_row >= MOST_IN_A_ROW
-        if self.non_finite == "skip" and not too_many:
-            logger.warning(f"Step {bad.step} is skipped: {bad}; see {self.bad_batches}.")
-            self._keep("skipped", bad)
-            return
-        if not self.accelerator.is_main_process:
-            raise EndedElsewhere
-        times = f", the {MOST_IN_A_ROW}th step in a row," if too_many and self.non_finite == "skip" else ""
-        advice = "" if self.non_finite == "skip" else "; training.non_finite=skip leaves such steps out"
-        raise UserError(
-            f"training: at step {bad.step}{times} {bad}, expected finite numbers ({self.bad_batches}{advice})."
-        )
-
-    def _keep(self, event: str, bad: BadStep) -> None:
-        # Not by `log`: trackers take numbers only.
-        self.state.log_history.append({"event": event, **bad.record()})
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
         grounding = {key: inputs.pop(key) for key in GROUNDING_KEYS if key in inputs}
+        shift = virtual_tokens(self.model, inputs)
+        labels = inputs.get("labels")
         weight = self._alignment_weight(self.state.global_step)
         # ZeRO-3 counts the outputs that a backward pass comes through, in every process: one whose batch has no phrase
         # would wait for the others forever, so it lets zeros through.
         stands_in = bool(not grounding and weight and model.training and self.is_deepspeed_enabled)
         if grounding:
-            inputs["cross_attention_rows"] = grounding["grounding_rows"]
+            rows = grounding["grounding_rows"]
+            inputs["cross_attention_rows"] = rows + rows.new_tensor([0, shift])
         elif stands_in:
             inputs["cross_attention_rows"] = torch.zeros(1, 2, dtype=torch.long, device=inputs["input_ids"].device)
         # A loss reads no cache, and with one the model could not tell packed texts apart.
@@ -256,18 +227,77 @@ class AgeVlmTrainer(Trainer):
                 loss = loss + weight * aligned.to(loss.dtype)
             heads = chosen_heads(self.alignment.heads, attention.shape[2])
             watched = attention.detach()[:, :, heads].mean((1, 2))
+            mass, hits = attention_mass(watched, coverage), pointing_hit(watched, coverage).float()
             terms |= {
                 "alignment_loss": aligned.detach(),
                 "groundings": torch.tensor(float(len(losses)), device=loss.device),
-                "attention_mass": attention_mass(watched, coverage).sum(),
-                "pointing_accuracy": pointing_hit(watched, coverage).float().sum(),
+                "attention_mass": mass.sum(),
+                "pointing_accuracy": hits.sum(),
             }
         elif stands_in:
             loss = loss + 0.0 * sum(outputs.cross_attention_maps[layer].sum() for layer in self.alignment.layers)
         if model.training:
             for name, value in terms.items():
                 self._sums[name] = self._sums.get(name, 0.0) + value
+        elif self._evaluated is not None and labels is not None:
+            learned = (labels[:, 1:] != -100).sum(-1)
+            scores = loss.new_zeros(len(labels), 4, dtype=torch.float32)
+            if grounding:
+                each = torch.stack([losses.detach(), torch.ones_like(mass), mass, hits], dim=-1)
+                scores.index_add_(0, grounding["grounding_rows"][:, 0], each.float())
+            lm = self._token_mean(terms["lm_loss"], learned, num_items_in_batch) * learned
+            self._evaluated.append(torch.cat([torch.stack([lm, learned], dim=-1).float(), scores], dim=-1))
         return (loss, outputs) if return_outputs else loss
+
+    def _token_mean(self, loss: torch.Tensor, learned: torch.Tensor, items: torch.Tensor | None) -> torch.Tensor:
+        """The loss of an evaluation batch, which Trainer may have scaled for the mean over processes, as the mean over the
+        tokens of this process."""
+        if items is None:
+            items, scale = learned.sum(), 1
+        else:
+            averages = self.args.average_tokens_across_devices
+            scale = self.accelerator.num_processes // self.get_tp_size() if averages else 1
+        if not items:
+            raise UserError("labels: got an evaluation batch without a token to learn, expected at least one.")
+        return loss * items / scale / learned.sum().clamp(min=1)
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> EvalLoopOutput:
+        if getattr(self.data_collator, "packing", False) and self.accelerator.num_processes > 1:
+            raise UserError(
+                "data_collator: got packing=True, expected False to evaluate in several processes, which gather as many rows "
+                "from each."
+            )
+        self._evaluated, self._evaluation = [], []
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            totals = sum(table.double().sum(0) for table in self._evaluation)
+        finally:
+            self._evaluated = None
+        lm, tokens, aligned, groundings, mass, hits = totals.tolist() if self._evaluation else [0.0] * 6
+        if tokens:
+            output.metrics[f"{metric_key_prefix}_lm_loss"] = lm / tokens
+        if groundings:
+            names = ("alignment_loss", "attention_mass", "pointing_accuracy")
+            for name, total in zip(names, (aligned, mass, hits)):
+                output.metrics[f"{metric_key_prefix}_{name}"] = total / groundings
+        return output
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if inputs.get("labels") is None:
+            inputs = {key: value for key, value in inputs.items() if key not in GROUNDING_KEYS}
+        ignore_keys = [*(ignore_keys or ()), *AgeVlmConfig.keys_to_ignore_at_inference]
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if isinstance(logits, torch.Tensor) and labels is not None:
+            # What PEFT puts in front of a text is no part of it.
+            logits = logits[:, -labels.shape[1] :]
+        if self._evaluated:
+            # As Trainer gathers losses: what fills up the last batch of several processes is dropped.
+            self._evaluation.append(self.accelerator.gather_for_metrics(self._evaluated.pop()))
+        return loss, logits, labels
 
     def _groundings_per_rank(self) -> torch.Tensor:
         """What a rank divides by, so that the mean of the ranks' gradients is that of all groundings together."""
@@ -277,6 +307,8 @@ class AgeVlmTrainer(Trainer):
         return count.clamp(min=1e-9)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self._steps.skipped_in_a_row:
+            logs = {name: value for name, value in logs.items() if name != "grad_norm"}  # of a step that was not taken
         if "loss" in logs and self._sums:
             steps = max(1, self._summed_steps)
             names = ("lm_loss", "alignment_loss", "groundings", "attention_mass", "pointing_accuracy")
@@ -298,3 +330,14 @@ class AgeVlmTrainer(Trainer):
                 }
             self._sums, self._summed_steps = {}, 0
         super().log(logs, *args, **kwargs)
+
+
+def _smoothed_next_tokens(smoother, outputs, labels, shift_labels=True, **kwargs) -> torch.Tensor:
+    """transformers' `LabelSmoother` on the next token; what PEFT puts in front of a text has no labels."""
+    logits = outputs["logits"][:, -labels.shape[1] :]
+    return smoother({"logits": logits}, labels, shift_labels=True, **kwargs)
+
+
+def _tied_are_not_missing(model: PreTrainedModel, keys: Any) -> None:
+    """Of tied weights one name is stored."""
+    keys.missing_keys[:] = [key for key in keys.missing_keys if key not in (model.all_tied_weights_keys or {})]

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from ..modeling_agevlm.vision_agevlm import feature_map, token_grid, vision_width
+from .processes import keep_to_one_gpu
 
 
 class VisionClassifier(nn.Module):
@@ -77,7 +78,7 @@ def warm_start(
         disable_tqdm=not progress,
     )
     # As in the run that it is part of: one process, one GPU.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
+    keep_to_one_gpu(arguments)
     trainer = Trainer(VisionClassifier(vision_tower, labels), arguments, train_dataset=tensors)
     for callback in (ProgressCallback, PrinterCallback) if not progress else ():
         trainer.remove_callback(callback)

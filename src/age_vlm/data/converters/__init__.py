@@ -69,7 +69,9 @@ def convert(
     if not isinstance(shards, int) or shards < 1 or (shards > 1 and not streaming):
         raise UserError(f"shards must be a number from 1 on, and 1 unless streaming, got {shards!r}.")
     known = inspect.signature(CONVERTERS[name]).parameters.keys() - {"part", "left_out"}
-    needed = {key for key in known if inspect.signature(CONVERTERS[name]).parameters[key].default is inspect._empty}
+    needed = {
+        key for key in known if inspect.signature(CONVERTERS[name]).parameters[key].default is inspect.Parameter.empty
+    }
     if wrong := sorted(arguments.keys() - known) or sorted(needed - arguments.keys()):
         raise UserError(
             f"arguments of {name!r} are {sorted(needed)} and optionally {sorted(known - needed)}, got "
