@@ -90,7 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--max-new-tokens", type=int, default=64)
     ask.set_defaults(run=_ask)
 
-    check = commands.add_parser("check", help="whether a model answers as it should with the packages that are installed")
+    check = commands.add_parser(
+        "check", help="whether a model answers as it should with the packages that are installed"
+    )
     check.add_argument("--model", help="folder or Hub id (default: the example checkpoint of the repository)")
     check.set_defaults(run=_check)
     for command in commands.choices.values():

@@ -76,7 +76,16 @@ class AgeVlmConfig(CarriesItsCode, PreTrainedConfig):
 
     model_type = "age_vlm"
     sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
-    keys_to_ignore_at_inference = ["cache"]
+    # Of the outputs, `Trainer` takes the logits alone for predictions.
+    keys_to_ignore_at_inference = [
+        "cache",
+        "past_key_values",
+        "hidden_states",
+        "attentions",
+        "cross_attentions",
+        "cross_attention_maps",
+        "image_hidden_states",
+    ]
     # Beside that of the language model. The norms see the heads of their own process alone, as Qwen3's do.
     base_model_tp_plan = {
         f"language_model.layers.*.cross_attention.{name}": style

@@ -154,6 +154,18 @@ def image_attention_maps(
     return (scores.softmax(-1) * visible).flatten(1, 2)
 
 
+def all_heads(maps: torch.Tensor, query_weight: torch.Tensor) -> torch.Tensor:
+    """(maps, heads, image tokens) of all processes that share the heads by tensor parallelism; each gets the gradient of its
+    own. Every process has to call it."""
+    # Not every build of torch has distributed tensors.
+    if not any(each.is_shard(0) for each in getattr(query_weight, "placements", ())):
+        return maps
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    placements = [Shard(1) if each.is_shard(0) else Replicate() for each in query_weight.placements]
+    return DTensor.from_local(maps, query_weight.device_mesh, placements, run_check=False).full_tensor()
+
+
 class AgeVlmCrossAttentionBlock(nn.Module):
     """Gated cross-attention and gated feed-forward in front of a decoder layer (Flamingo, Alayrac et al. 2022)."""
 
@@ -187,7 +199,7 @@ class AgeVlmCrossAttentionBlock(nn.Module):
         if images.rows is None:
             return hidden_states, None
         maps = image_attention_maps(images.rows, queries, keys, images.visible, self.attn.scaling, images.repeats)
-        return hidden_states, maps
+        return hidden_states, all_heads(maps, self.attn.q_proj.weight)
 
 
 @dataclass

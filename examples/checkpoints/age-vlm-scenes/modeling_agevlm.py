@@ -15,6 +15,7 @@ from .configuration_agevlm import AgeVlmConfig
 from .backbones_agevlm import model_from_backbones
 from .compat_agevlm import accepts_old_cache_name
 from .cross_attention_agevlm import AgeVlmGate, AgeVlmTextModel, AgeVlmTextModelOutput, nothing_placed
+from .frozen_agevlm import keep_frozen_still
 from .generation_agevlm import AgeVlmGenerationMixin
 from .image_masks_agevlm import check_image_count, place_images
 from .vision_agevlm import (
@@ -76,6 +77,12 @@ class AgeVlmPreTrainedModel(PreTrainedModel):
             init.constant_(module.weight, module.start)
         elif isinstance(module, AgeVlmProjection):
             init.normal_(module.weight, std=module.in_features**-0.5)
+
+    def train(self, mode: bool = True) -> "AgeVlmPreTrainedModel":
+        """As `nn.Module.train`, but what does not learn has no dropout and keeps its running statistics; call it after
+        `requires_grad_` has been."""
+        super().train(mode)
+        return keep_frozen_still(self) if mode else self
 
     def activation_checkpointing_enable(self, *args, **kwargs) -> None:
         super().activation_checkpointing_enable(*args, **kwargs)
