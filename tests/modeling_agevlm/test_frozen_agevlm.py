@@ -150,7 +150,7 @@ def test_frozen_layers_are_still_checkpointed(make_model, make_batch, reentrant)
     for checkpointing in (False, True):
         model = freeze(make_model(text={"attention_dropout": 0.3}), lambda name: "multi_modal_projector" in name)
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
         calls = []
         for layer in model.model.language_model.layers:

@@ -322,7 +322,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(make_model, make_batch,
         if frozen_vision:
             model.model.vision_tower.requires_grad_(False)
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
             assert model.model.language_model.layers[1].gradient_checkpointing
             if use_reentrant:
                 model.enable_input_require_grads()
@@ -449,9 +449,9 @@ def test_gradient_checkpointing_reaches_the_vision_encoder(make_model, make_batc
     batch = make_batch((2, 1))
     model = make_model(**({"vision_config": {"model_type": "timm_wrapper", **vision}} if vision else {})).train()
     without = kept_for_backward(model, batch)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     assert kept_for_backward(model, batch) < 0.8 * without
-    model.gradient_checkpointing_disable()
+    model.activation_checkpointing_disable()
     assert kept_for_backward(model, batch) == without
 
 

@@ -51,7 +51,7 @@ def real(recipe, tmp_path):
     trainer = AgeVlmTrainer(model, arguments, alignment=recipe.alignment)
     trainer.state.max_steps = 10
     if recipe.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs)
+        model.activation_checkpointing_enable(arguments.activation_checkpointing_kwargs)
     trainer.create_optimizer()
     return trainer, *trainer.accelerator.prepare(model, trainer.optimizer), batch
 

@@ -448,7 +448,7 @@ def test_the_trainer_gives_adapters_the_gradients_of_the_whole_weights(base, mak
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_trains_adapters_alike(base, make_trainer, target, reentrant):
     plain = after(make_trainer(new_adapter(base, target)))
-    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    options = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": reentrant}}
     trainer = make_trainer(new_adapter(base, target), **options)
     checkpointed = after(trainer)
     assert all(layer.gradient_checkpointing for layer in trainer.model.get_base_model().model.language_model.layers)

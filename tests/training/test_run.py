@@ -284,11 +284,11 @@ def test_training_arguments_are_those_of_the_recipe(tmp_path):
     assert (arguments.adam_beta2, arguments.max_grad_norm, arguments.logging_steps) == (0.87, 0.4, 6)
     assert arguments.lr_scheduler_type == "linear"
     assert not arguments.bf16 and not arguments.fp16 and not arguments.remove_unused_columns
-    assert arguments.save_strategy == "no" and not arguments.gradient_checkpointing
+    assert arguments.save_strategy == "no" and not arguments.activation_checkpointing
     recipe = TrainingRecipe(save_every=7, gradient_checkpointing=True)
     arguments = training_arguments(recipe, 5, tmp_path, progress=False)
     assert (arguments.save_strategy, arguments.save_steps) == ("steps", 7)
-    assert arguments.gradient_checkpointing or arguments.activation_checkpointing
+    assert arguments.activation_checkpointing
 
 
 @pytest.mark.parametrize("warmup, steps, expected", [(0, 40, 0), (0.0, 3, 0), (0.01, 40, 1), (0.5, 40, 20)])

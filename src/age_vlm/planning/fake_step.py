@@ -92,7 +92,7 @@ def fake_step(
         )
         trainer.state.max_steps = training.steps
         if training.gradient_checkpointing:
-            model.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs)
+            model.activation_checkpointing_enable(arguments.activation_checkpointing_kwargs)
         trainer.create_optimizer()
         wrapped, optimizer = trainer.accelerator.prepare(model, trainer.optimizer, device_placement=[False, False])
         if "pixel_values" in batch:

@@ -143,7 +143,7 @@ def training_arguments(
     name: str | None = None,
     kind: type[TrainingArguments] = TrainingArguments,
 ) -> TrainingArguments:
-    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    checkpointing = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
     checkpointing = checkpointing if recipe.gradient_checkpointing else {}
     return kind(
         output_dir=str(folder),
