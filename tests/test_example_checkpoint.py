@@ -1,6 +1,8 @@
 """The checkpoint that comes with the repository: whole, small, and as good as its model card says."""
 
 import re
+from dataclasses import replace
+from importlib.resources import files
 
 import pytest
 from PIL import Image
@@ -10,8 +12,11 @@ from age_vlm.ask import ask, bundled_checkpoint
 from age_vlm.configuration.checkpoint_code_agevlm import checkpoint_code
 from age_vlm.data.collator import token_grid_size
 from age_vlm.data.scene_datasets import scene_items
+from age_vlm.data.sources import load_sources
 from age_vlm.evaluation.benchmark import answer_metrics, grounding_metrics
 from age_vlm.training import AlignmentConfig
+from age_vlm.training.pipeline import test_metrics as measured
+from age_vlm.training.recipe import load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +51,17 @@ def test_it_carries_today_s_code():
     for name, source in checkpoint_code().items():
         kept = (bundled_checkpoint() / name).read_text("utf-8")
         assert kept == source, "AgeVlmConfig.from_pretrained(folder).save_pretrained(folder) brings it up to date"
+
+
+def test_the_blank_control_does_not_see_the_image(checkpoint):
+    """A model that looks shows what its control was shown; one with random weights answers alike either way."""
+    recipe = load_recipe(
+        files("age_vlm") / "recipes" / "scenes.yaml", ["data.train=1", "data.validation=1", "data.test=30"]
+    )
+    source = load_sources(recipe)
+    found = measured(*checkpoint, recipe, source)
+    grey = [replace(item, image=Image.new("RGB", item.image.size, "grey")) for item in source.test]
+    expected, _ = answer_metrics(*checkpoint, grey)
+    assert found["blank picture"] == expected
+    for name in ("pope/adversarial/accuracy", "colour/accuracy"):
+        assert found["model"][name] > found["blank picture"][name] + 0.2

@@ -233,7 +233,9 @@ def test_evaluation_takes_each_batch_by_itself(make_trainer, trained):
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_trains_the_aligned_blocks_alike(make_trainer, reentrant):
     plain = weights_after(make_trainer())
-    checkpointed = make_trainer(activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    checkpointed = make_trainer(
+        activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": reentrant}
+    )
     assert_same(weights_after(checkpointed), plain, rtol=1e-4, atol=1e-5)
     unaligned = weights_after(make_trainer(alignment=AlignmentConfig(weight=0.0)))
     name = "model.language_model.layers.1.cross_attention.attn.q_proj.weight"
