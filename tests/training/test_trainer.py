@@ -744,7 +744,20 @@ RANKS = textwrap.dedent(
             assert trainer.accelerator.num_processes == 2
             trainer.remove_callback(PrinterCallback)
             trainer.train()
-            results.append((trainer.state.log_history[0], dict(model.named_parameters())))
+            log = next(entry for entry in trainer.state.log_history if "loss" in entry or "event" in entry)
+            results.append((log, dict(model.named_parameters())))
+        if not poisoned:
+            for (talks, _), (log, _) in zip(cases, results):
+                model = AgeVlmForConditionalGeneration.from_pretrained(f"{folder}/model")
+                trainer = AgeVlmTrainer(
+                    model, arguments, train_dataset=talks, data_collator=collator, alignment=alignment
+                )
+                # Three samples are not one half each: what fills up the batches is not counted.
+                log |= trainer.evaluate(talks[:3])
+                try:
+                    trainer.train()
+                except ValueError as error:
+                    log["refused"] = str(error)
         if rank == 0:
             torch.save(results, f"{folder}/results.pt")
         torch.distributed.barrier()
@@ -796,6 +809,13 @@ def test_two_processes_train_as_one_where_one_has_neither_picture_nor_mask(make_
     results = trained_by_two(make_trainer(), cases, tmp_path)
     for (talks, accumulation), (log, weights) in zip(cases, results):
         alone = make_trainer(batch=2, accumulation=2 * accumulation, talks=talks)
+        assert log["refused"].startswith("train: got a model that was evaluated first")
+        figures = make_trainer().evaluate(talks[:3])
+        for name in ("lm_loss", "alignment_loss", "attention_mass", "pointing_accuracy"):
+            key = f"eval_{name}"
+            assert (key in log) == (key in figures) and log.get(key, 0) == pytest.approx(
+                figures.get(key, 0), rel=1e-4
+            ), key
         assert_same({k: v.detach() for k, v in weights.items()}, weights_after(alone), rtol=1e-4, atol=1e-5)
         for name in ("loss", "lm_loss", "alignment_loss", "attention_mass", "pointing_accuracy"):
             assert log[name] == pytest.approx(alone.state.log_history[0][name], rel=1e-4), name

@@ -138,6 +138,13 @@ class StepWatch(TrainerCallback):
         self.begin_step()
 
     def on_train_begin(self, args, state, control, **kwargs):
+        trainer = self.trainer
+        shared = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or trainer.get_tp_size() > 1
+        if trainer.accelerator.num_processes > 1 and not shared and trainer.model_wrapped is trainer.model:
+            raise UserError(
+                "train: got a model that was evaluated first, whose gradients transformers (5.24) does not average over "
+                "processes then, expected a new trainer."
+            )
         # Maybe not for the first time.
         self.spikes = SpikeWatch(self.spike_threshold)
         self.skipped_in_a_row = 0

@@ -245,21 +245,23 @@ class AgeVlmTrainer(Trainer):
             if grounding:
                 each = torch.stack([losses.detach(), torch.ones_like(mass), mass, hits], dim=-1)
                 scores.index_add_(0, grounding["grounding_rows"][:, 0], each.float())
-            lm = self._token_mean(terms["lm_loss"], learned, num_items_in_batch) * learned
+            if not (learned.sum() if num_items_in_batch is None else num_items_in_batch):
+                raise UserError("labels: got an evaluation batch without a token to learn, expected at least one.")
+            # Of each row, since some may be there only to fill up the batches of several processes.
+            lm = self._row_losses(outputs.logits, labels)
             self._evaluated.append(torch.cat([torch.stack([lm, learned], dim=-1).float(), scores], dim=-1))
         return (loss, outputs) if return_outputs else loss
 
-    def _token_mean(self, loss: torch.Tensor, learned: torch.Tensor, items: torch.Tensor | None) -> torch.Tensor:
-        """The loss of an evaluation batch, which Trainer may have scaled for the mean over processes, as the mean over the
-        tokens of this process."""
-        if items is None:
-            items, scale = learned.sum(), 1
-        else:
-            averages = self.args.average_tokens_across_devices
-            scale = self.accelerator.num_processes // self.get_tp_size() if averages else 1
-        if not items:
-            raise UserError("labels: got an evaluation batch without a token to learn, expected at least one.")
-        return loss * items / scale / learned.sum().clamp(min=1)
+    def _row_losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """(rows,) sums of the language modelling loss over the learned tokens of each; row by row, to need little memory."""
+        logits = logits.detach()[:, -labels.shape[1] : -1]
+        smoothing = self.args.label_smoothing_factor
+        return torch.stack(
+            [
+                nn.functional.cross_entropy(row.float(), label, reduction="sum", label_smoothing=smoothing)
+                for row, label in zip(logits, labels[:, 1:])
+            ]
+        )
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
