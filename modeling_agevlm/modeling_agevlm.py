@@ -63,7 +63,6 @@ class AgeVlmPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["LlamaDecoderLayer", "AgeVlmDecoderLayer", "AgeVlmTimmWrapperModel"]
-    _keep_in_fp32_modules_strict = ["attn_gate", "mlp_gate"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True

@@ -65,8 +65,6 @@ HOOKS = [
     ),
     Hook("_no_split_modules", (MODEL, TEXT, VISION, PLANNED, TRAINER), DECLARED, f"{PRETRAINED}._no_split_modules", None,
          "accelerate:FullyShardedDataParallelPlugin.set_auto_wrap_policy"),
-    Hook("_keep_in_fp32_modules_strict", (MODEL,), DECLARED, f"{PRETRAINED}._keep_in_fp32_modules_strict", None,
-         f"{PRETRAINED}._get_dtype_plan"),
     Hook("_supports_flash_attn", (MODEL,), DECLARED, f"{PRETRAINED}._supports_flash_attn"),
     Hook("_supports_sdpa", (MODEL,), DECLARED, f"{PRETRAINED}._supports_sdpa"),
     Hook("_supports_flex_attn", (MODEL,), DECLARED, f"{PRETRAINED}._supports_flex_attn"),

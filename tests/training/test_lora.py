@@ -8,6 +8,7 @@ from pathlib import Path
 
 import huggingface_hub
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -16,6 +17,7 @@ from peft import AutoPeftModel, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, PrinterCallback, TrainingArguments
+from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from age_vlm import AgeVlmForConditionalGeneration
@@ -37,9 +39,9 @@ CLIP = {
     "patch_size": 8,
 }
 # A model whose gates were random would be worse than the one sentence that says so.
-loads_modules_to_save = pytest.mark.skipif(
-    version.parse(transformers.__version__) < version.parse("5.17"),
-    reason="transformers 5.16 itself leaves what an adapter has in modules_to_save at random",
+loads_adapters = pytest.mark.skipif(
+    version.parse(peft.__version__) < version.parse(MIN_PEFT_VERSION),
+    reason=f"transformers {transformers.__version__} itself loads adapters with PEFT {MIN_PEFT_VERSION} and newer alone",
 )
 EVERY_KIND = [(target, dora) for target in LORA_TARGETS for dora in (False, True)]
 
@@ -197,7 +199,7 @@ def test_adapters_come_back_and_merge_into_a_whole_checkpoint(
     assert torch.equal(whole(**batch).logits, merged(**batch).logits)
 
 
-@loads_modules_to_save
+@loads_adapters
 @torch.no_grad()
 def test_transformers_loads_lora_adapters_itself(adapted, base, make_batch, tmp_path):
     batch = make_batch((2, 0, 1))
@@ -213,6 +215,7 @@ def test_transformers_loads_lora_adapters_itself(adapted, base, make_batch, tmp_
     assert torch.equal(added(**batch).logits, load(base)(**batch).logits)
 
 
+@loads_adapters
 @torch.no_grad()
 def test_transformers_loads_a_dora_adapter_right_or_not_at_all(adapted, make_batch, tmp_path):
     # transformers 5.23 leaves the magnitudes out, of a plain Llama's adapter too: weights are missing, which is refused.
@@ -226,7 +229,7 @@ def test_transformers_loads_a_dora_adapter_right_or_not_at_all(adapted, make_bat
         assert torch.equal(loaded(**batch).logits, model(**batch).logits)
 
 
-@loads_modules_to_save
+@loads_adapters
 @torch.no_grad()
 def test_adapters_lie_beside_a_whole_checkpoint(adapted, base, make_batch, tmp_path):
     batch = make_batch((1, 2))
