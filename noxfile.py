@@ -41,8 +41,8 @@ def oldest(session: nox.Session) -> None:
     run_tests(session)
 
 
-@nox.session
-def next(session: nox.Session) -> None:
+@nox.session(name="next")
+def next_release(session: nox.Session) -> None:
     """The newest transformers there is, allowed or not, release candidates too: what the next users will meet."""
     session.install("-e", ".[test]")
     session.install("--upgrade", "--pre", "--no-deps", "transformers")

@@ -42,7 +42,7 @@ def main() -> None:
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
-        f"\n{outputs.image_hidden_states.shape[1]} image tokens, logits finite: {outputs.logits.isfinite().all().item()}"
+        f"\n{outputs.image_outputs.pooler_output.shape[1]} image tokens, logits finite: {outputs.logits.isfinite().all().item()}"
     )
     print(
         f"built in {built:.1f} s, forward {seconds:.1f} s, peak memory {peak:.2f} GiB, torch {torch.__version__}, {model.dtype}"

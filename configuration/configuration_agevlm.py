@@ -84,7 +84,7 @@ class AgeVlmConfig(CarriesItsCode, PreTrainedConfig):
         "attentions",
         "cross_attentions",
         "cross_attention_maps",
-        "image_hidden_states",
+        "image_outputs",
     ]
     # Beside that of the language model. The norms see the heads of their own process alone, as Qwen3's do.
     base_model_tp_plan = {

@@ -7,14 +7,18 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithCrossAttentions
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    MultimodalBaseModelOutputWithPast,
+    MultimodalCausalLMOutputWithPast,
+)
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from ..configuration.configuration_agevlm import AgeVlmConfig
 from .backbones_agevlm import model_from_backbones
 from .compat_agevlm import accepts_old_cache_name
-from .cross_attention_agevlm import AgeVlmGate, AgeVlmTextModel, AgeVlmTextModelOutput, nothing_placed
+from .cross_attention_agevlm import AgeVlmGate, AgeVlmTextModel, nothing_placed
 from .frozen_agevlm import keep_frozen_still
 from .generation_agevlm import AgeVlmGenerationMixin
 from .image_masks_agevlm import check_image_count, place_images
@@ -36,24 +40,25 @@ logger = logging.get_logger(__name__)
 
 
 @dataclass
-class AgeVlmModelOutputWithPast(AgeVlmTextModelOutput):
-    """`image_hidden_states`: (images, tokens, width) projected image tokens."""
+class AgeVlmModelOutputWithPast(MultimodalBaseModelOutputWithPast):
+    """
+    Attributes:
+        image_outputs: of `get_image_features`; `pooler_output` are the image tokens, (images, tokens, text width).
+        cross_attentions: one (batch, heads, length, image tokens) a block, for `output_attentions=True` under eager.
+        cross_attention_maps: one (maps, heads, image tokens) a block, for `cross_attention_rows`, under every backend.
+        Others: as for any model with images.
+    """
 
-    image_hidden_states: torch.FloatTensor | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attention_maps: tuple[torch.FloatTensor, ...] | None = None
 
 
 @dataclass
-class AgeVlmCausalLMOutputWithPast(CausalLMOutputWithCrossAttentions):
-    """
-    Attributes:
-        cross_attentions: one (batch, heads, length, image tokens) a block, for `output_attentions=True` under eager.
-        cross_attention_maps: one (maps, heads, image tokens) a block, for `cross_attention_rows`, under every backend.
-        image_hidden_states: (images, tokens, width).
-        Others: as for any causal language model.
-    """
+class AgeVlmCausalLMOutputWithPast(MultimodalCausalLMOutputWithPast):
+    """As [`AgeVlmModelOutputWithPast`], with `loss` and `logits`."""
 
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
     cross_attention_maps: tuple[torch.FloatTensor, ...] | None = None
-    image_hidden_states: torch.FloatTensor | None = None
 
 
 class AgeVlmPreTrainedModel(PreTrainedModel):
@@ -291,7 +296,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
             cross_attention_rows=cross_attention_rows,
             **kwargs,
         )
-        return AgeVlmModelOutputWithPast(**outputs, image_hidden_states=image_states)
+        return AgeVlmModelOutputWithPast(**outputs, image_outputs=encoded)
 
 
 class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, AgeVlmGenerationMixin):
@@ -379,7 +384,7 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, AgeVlmGenerationMixi
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
             cross_attention_maps=outputs.cross_attention_maps,
-            image_hidden_states=outputs.image_hidden_states,
+            image_outputs=outputs.image_outputs,
         )
 
     @classmethod

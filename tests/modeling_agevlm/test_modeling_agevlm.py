@@ -267,7 +267,7 @@ def test_an_empty_stack_of_pictures_is_none(model, make_batch):
 def test_pictures_need_not_be_square(model, make_batch, size):
     batch = make_batch((1, 1), size=size)
     outputs = model(**batch)
-    assert outputs.image_hidden_states.shape[1] == (size[0] // 8) * (size[1] // 8)
+    assert outputs.image_outputs.pooler_output.shape[1] == (size[0] // 8) * (size[1] // 8)
     assert outputs.logits.isfinite().all()
 
 
