@@ -7,7 +7,9 @@ where age-vlm is not installed loses nothing.
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 AUTO_MAP = {
@@ -44,14 +46,17 @@ def write_checkpoint_code(directory: str | os.PathLike) -> None:
         os.replace(temporary, target)
 
 
-class CarriesItsCode:
-    """Beside a class of transformers that is saved: `save_pretrained` and `push_to_hub` take the checkpoint code along."""
+def save_with_code(
+    saved_object, save: Callable, save_directory: str | os.PathLike, push_to_hub: bool, **kwargs: Any
+) -> Any:
+    """`save`, the `save_pretrained` of transformers, with the checkpoint code beside what it writes.
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
-        """As that of transformers; with `push_to_hub=True`, `kwargs` are those of `push_to_hub`."""
-        saved = super().save_pretrained(os.fspath(save_directory), **({} if push_to_hub else kwargs))
-        write_checkpoint_code(save_directory)
-        if push_to_hub:
-            # Not in the call above: it uploads what transformers wrote, and that alone.
-            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
-        return saved
+    Args:
+        push_to_hub: also upload all of it; `kwargs` are those of `saved_object.push_to_hub` then.
+    """
+    saved = save(os.fspath(save_directory), **({} if push_to_hub else kwargs))
+    write_checkpoint_code(save_directory)
+    if push_to_hub:
+        # Not by `save`: it uploads what transformers wrote, and that alone.
+        saved_object.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+    return saved

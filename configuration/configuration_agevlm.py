@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
-from .checkpoint_code_agevlm import AUTO_MAP, CarriesItsCode
+from .checkpoint_code_agevlm import AUTO_MAP, save_with_code
 from .versions_agevlm import supported_range, warn_if_untested
 
 
@@ -42,7 +42,7 @@ def _one_sentence(config_class):
 
 @_one_sentence
 @strict
-class AgeVlmConfig(CarriesItsCode, PreTrainedConfig):
+class AgeVlmConfig(PreTrainedConfig):
     r"""
     Args:
         text_config (`LlamaConfig` or `dict`, *optional*):
@@ -186,6 +186,9 @@ class AgeVlmConfig(CarriesItsCode, PreTrainedConfig):
         # A checkpoint names its own code, so that it also loads where age-vlm is not installed.
         auto_map = {key: AUTO_MAP[key] for key in AUTO_MAP if key != "AutoProcessor"}
         return {**values, "auto_map": auto_map, "tested_transformers": supported_range()}
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        return save_with_code(self, super().save_pretrained, save_directory, push_to_hub, **kwargs)
 
 
 # Llama-3.2-1B, as published.

@@ -65,7 +65,7 @@ def template_with_images(tokenizer, chat_template: str, image_token: str) -> str
     """The template itself where it takes messages made of parts; else one that puts `image_token` where a picture is."""
     try:
         rendered = _render(tokenizer, chat_template, [_message("user", _QUESTION)])
-        if rendered.count(_QUESTION) == 1 and "'text'" not in rendered:
+        if "'text'" not in rendered:
             return chat_template
     except ImportError:  # without Jinja nothing can be rendered, now or later
         return chat_template

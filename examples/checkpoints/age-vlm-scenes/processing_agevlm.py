@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ProcessorMixin
 
-from .checkpoint_code_agevlm import AUTO_MAP, CarriesItsCode
+from .checkpoint_code_agevlm import AUTO_MAP, save_with_code
 from .chat_agevlm import CHAT_TEMPLATE, template_with_images
 from .image_geometry_agevlm import ImageGeometry, image_geometry
 from .image_settings_agevlm import encoder_image_processor
@@ -18,7 +18,7 @@ from .images_agevlm import load_rgb
 AS_TRANSFORMERS_SAYS = "image tokens in the prompts should be the same as the number of images."
 
 
-class AgeVlmProcessor(CarriesItsCode, ProcessorMixin):
+class AgeVlmProcessor(ProcessorMixin):
     r"""
     Args:
         image_processor: any image processor of transformers that resizes to a size or a shortest edge, and may crop.
@@ -97,6 +97,9 @@ class AgeVlmProcessor(CarriesItsCode, ProcessorMixin):
 
     def to_dict(self):
         return {**super().to_dict(), "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]}}
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        return save_with_code(self, super().save_pretrained, save_directory, push_to_hub, **kwargs)
 
     @classmethod
     def from_backbones(
