@@ -21,6 +21,7 @@ from age_vlm.evaluation.attention import picture_attention
 from age_vlm.training import AgeVlmTrainer, AlignmentConfig
 from age_vlm.training.alignment import alignment_losses
 from age_vlm.training.lora import lora_config
+from age_vlm.training.loss_watch import gradient_norm
 from age_vlm.training.parts import part_of
 
 
@@ -661,6 +662,32 @@ def test_a_gradient_that_overflows_is_that_of_the_whole_step(make_trainer):
     ):
         trainer.train()
     assert bad_steps(trainer)[0]["sample_ids"] == [["0", "1", "2"], ["3", "4", "5"]]
+
+
+@pytest.mark.parametrize("non_finite", ["stop", "skip"])
+def test_a_gradient_of_finite_numbers_without_a_finite_norm_is_not_clipped_to_zeros(make_trainer, non_finite):
+    trainer = make_trainer(batch=3, max_grad_norm=1.0)
+    trainer.non_finite = non_finite
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer.model.get_input_embeddings().weight.register_hook(lambda gradient: gradient + 1e30)
+    if non_finite == "stop":
+        with pytest.raises(ValueError, match="^training: at step 1 the gradient's norm is inf, the loss [0-9.]+, with"):
+            trainer.train()
+    else:
+        trainer.train()
+    assert (bad_steps(trainer)[0]["step"], bad_steps(trainer)[0]["grad_norm"]) == (1, "inf")
+    assert_same(trainer.model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_gradient_is_measured_once_in_a_step_and_before_it_is_clipped(make_trainer, monkeypatch):
+    trainer = make_trainer(batch=3, accumulation=2, steps=2, logging_steps=1, max_grad_norm=1e-3)
+    norms = []
+    monkeypatch.setattr(
+        "age_vlm.training.loss_watch.gradient_norm",
+        lambda model: norms.append(gradient_norm(model)) or norms[-1],
+    )
+    trainer.train()
+    assert norms == pytest.approx([line["grad_norm"] for line in trainer.state.log_history[:2]], rel=1e-5)
 
 
 def test_a_model_that_is_broken_is_not_skipped_for_ever(make_poisoned):

@@ -43,7 +43,7 @@ class BadStep:
     Attributes:
         step: number of the step, counted from 1.
         loss: of the step.
-        grad_norm: length of the gradient that the optimizer would have got, after clipping.
+        grad_norm: length of the step's gradient, before clipping.
         sample_ids: of each of its batches.
         usual: median of the steps before, for a spike.
     """
@@ -128,6 +128,7 @@ class StepWatch(TrainerCallback):
         sample_ids: of each batch of the step that is being made.
         losses: of each of these batches, scalars.
         tokens: that are learned in the step, of all processes; None where nobody counts them.
+        norm: of the step's gradient, before clipping; None until it is measured, and where there is none.
         skipped_in_a_row: so many steps, the last one among them, were skipped.
     """
 
@@ -155,6 +156,17 @@ class StepWatch(TrainerCallback):
         self.sample_ids: list[list[str]] = []
         self.losses: list[torch.Tensor] = []
         self.tokens: torch.Tensor | int | None = None
+        self.norm: torch.Tensor | float | None = None
+
+    def measure_gradient(self) -> None:
+        """Keeps the norm of the step's gradient, to be called after its last backward pass.
+
+        Trainer's `on_pre_optimizer_step` comes after clipping, which makes zeros of a gradient whose norm is not finite.
+        """
+        trainer = self.trainer
+        # DeepSpeed has none before its first step.
+        deepspeed = trainer.is_deepspeed_enabled
+        self.norm = trainer.model_wrapped.get_global_grad_norm() if deepspeed else gradient_norm(trainer.model)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         # The one time in a step that the host waits for the device. Trainer's `logging_nan_inf_filter`, which recipes turn
@@ -162,11 +174,7 @@ class StepWatch(TrainerCallback):
         # the weights are spoilt, and with them the checkpoint that would be gone on from.
         accelerator = self.trainer.accelerator
         loss = torch.stack(self.losses).float().sum()
-        if self.trainer.is_deepspeed_enabled:
-            norm = self.trainer.model_wrapped.get_global_grad_norm()  # none before its first step
-        else:
-            norm = gradient_norm(model)
-        both = torch.stack([loss, torch.as_tensor(0.0 if norm is None else norm).to(loss)])
+        both = torch.stack([loss, torch.as_tensor(0.0 if self.norm is None else self.norm).to(loss)])
         if accelerator.num_processes > 1:
             # All must come to the same conclusion.
             both = accelerator.reduce(both, "mean")

@@ -191,6 +191,8 @@ class AgeVlmTrainer(Trainer):
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
         self._steps.losses.append(loss)
+        if self.accelerator.sync_gradients:
+            self._steps.measure_gradient()
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
