@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -147,8 +148,7 @@ run_recipe(load_recipe(sys.argv[1]), sys.argv[2], progress=False)
 
 
 @pytest.fixture(scope="module")
-def killed(run, tmp_path_factory):
-    """Folder of a run that was killed in the middle, after a whole checkpoint."""
+def killed_once(run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed") / "run"
     command = [sys.executable, "-c", RUN, str(run[0] / "recipe.yaml"), str(folder)]
     process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -161,6 +161,12 @@ def killed(run, tmp_path_factory):
     assert process.wait() == -signal.SIGKILL
     assert not (folder / "metrics.json").exists()
     return folder
+
+
+@pytest.fixture
+def killed(killed_once, tmp_path):
+    """Folder of a run that was killed in the middle, after a whole checkpoint."""
+    return shutil.copytree(killed_once, tmp_path / "killed" / "run")
 
 
 def test_a_killed_run_is_only_resumed_by_the_same_recipe(killed, recipe):
