@@ -32,7 +32,7 @@ INSTALL_REQUIRES = [
     "pillow>=10.1,<15",  # ImageOps.exif_transpose(in_place) and modern resampling names
     "pycocotools>=2.0.8,<3",  # wheels for NumPy 2
     "torchmetrics>=1.5,<2",  # AUROC as the field computes it
-    "jinja2>=3.1,<4",  # chat templates and the report
+    "jinja2>=3.1.6,<4",  # chat templates and the report; required by transformers 5.24
     "matplotlib>=3.8,<4",  # curves and colour maps
     "rich>=13,<16",  # tables on the terminal
     "pyyaml>=6,<7",  # recipes
@@ -40,7 +40,7 @@ INSTALL_REQUIRES = [
     "tokenizers>=0.23.1,<1",  # the word-level tokenizer of models from scratch; required by transformers 5.24
     "inflect>=7.3,<8",  # English plurals in generated texts
     "tqdm>=4.66,<5",  # progress bars
-    "packaging>=20,<27",  # versions and ranges; required by transformers
+    "packaging>=24.2,<27",  # versions and ranges; has the licenses that setuptools asks for, with which torch compiles
 ]
 
 EXTRAS_REQUIRE = {
