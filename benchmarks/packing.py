@@ -31,12 +31,14 @@ sys.path.insert(0, str(HERE.parent / "examples"))
 from tables import environment_name, write_csv  # noqa: E402
 from transformers import set_seed  # noqa: E402
 
+from age_vlm.commands.build import build_model, set_trainable  # noqa: E402
+from age_vlm.commands.environment import environment  # noqa: E402
+from age_vlm.commands.fit import training_arguments  # noqa: E402
+from age_vlm.commands.recipe import load_recipe  # noqa: E402
+from age_vlm.commands.sources import load_sources  # noqa: E402
 from age_vlm.data.collator import AgeVlmCollator, token_grid_size  # noqa: E402
 from age_vlm.data.packing import packed_rows  # noqa: E402
-from age_vlm.data.sources import load_sources  # noqa: E402
 from age_vlm.training import AgeVlmTrainer  # noqa: E402
-from age_vlm.training.recipe import load_recipe  # noqa: E402
-from age_vlm.training.run import build_model, environment, set_trainable, training_arguments  # noqa: E402
 
 
 STAGE_4 = HERE.parent / "examples" / "recipes" / "scenes" / "stage4.yaml"

@@ -33,10 +33,11 @@ sys.path.insert(0, str(HERE.parent / "examples"))
 from tables import environment_name, write_csv  # noqa: E402
 from transformers import TrainerCallback, logging, set_seed  # noqa: E402
 
-from age_vlm.planning.model import PlannedModel  # noqa: E402
-from age_vlm.planning.plan import Hardware, plan  # noqa: E402
-from age_vlm.training.recipe import Recipe, load_recipe  # noqa: E402
-from age_vlm.training.run import environment, training_arguments  # noqa: E402
+from age_vlm.commands.environment import environment  # noqa: E402
+from age_vlm.commands.fit import training_arguments  # noqa: E402
+from age_vlm.commands.planning.model import PlannedModel  # noqa: E402
+from age_vlm.commands.planning.plan import Hardware, plan  # noqa: E402
+from age_vlm.commands.recipe import Recipe, load_recipe  # noqa: E402
 from age_vlm.training.trainer import AgeVlmTrainer  # noqa: E402
 
 

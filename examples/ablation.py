@@ -19,18 +19,21 @@ from concatenation import (
 )
 from transformers import Trainer, logging, set_seed
 
+from age_vlm.atomic_files import write_whole
+from age_vlm.commands.build import build_model
+from age_vlm.commands.callbacks import CurveCallback
+from age_vlm.commands.environment import environment
+from age_vlm.commands.fit import fit, train, training_arguments, warm_vision
+from age_vlm.commands.recipe import Recipe
+from age_vlm.commands.sources import DataSource, load_source
+from age_vlm.commands.train import curve_measure
 from age_vlm.data.collator import token_grid_size
 from age_vlm.data.questions import EvaluationItem
-from age_vlm.data.sources import DataSource, load_source
 from age_vlm.errors import UserError, check_new_folder
 from age_vlm.evaluation.answers import yes_scores
 from age_vlm.evaluation.attention import chosen_heads
 from age_vlm.evaluation.benchmark import split_items
 from age_vlm.evaluation.grounding import PhraseAttention, phrase_attention, phrase_samples
-from age_vlm.training.pipeline import curve_measure
-from age_vlm.training.recipe import Recipe
-from age_vlm.training.run import CurveCallback, build_model, environment, fit, train, training_arguments, warm_vision
-from age_vlm.whole_files import write_whole
 
 
 ARMS = ("concatenation", "cross-attention", "alignment", "alignment, masks of others")

@@ -17,11 +17,11 @@ from pathlib import Path
 from ablation import ARMS, arm_recipe, run_all, run_arm, save_result
 from tables import environment_name, write_csv, write_markdown
 
-from age_vlm.data.sources import load_source
+from age_vlm.commands.recipe import load_recipe
+from age_vlm.commands.sources import load_source
 from age_vlm.errors import run_command
 from age_vlm.evaluation.answers import yes_scores
 from age_vlm.evaluation.benchmark import presence_metrics, split_items
-from age_vlm.training.recipe import load_recipe
 
 
 # A class that nearly every picture shows, or none, has an AUC of chance: also the mean over those with this many of each.

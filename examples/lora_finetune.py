@@ -21,13 +21,16 @@ from peft import get_peft_model
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast, logging, set_seed
 
+from age_vlm.commands.environment import environment
+from age_vlm.commands.fit import train, training_arguments
+from age_vlm.commands.recipe import DataRecipe, TrainingRecipe
+from age_vlm.commands.sources import load_source
 from age_vlm.configuration.configuration_agevlm import LOCAL_FOLDER, is_local
 from age_vlm.console import plain_console, plain_table
 from age_vlm.data.collator import AgeVlmCollator, token_grid_size
 from age_vlm.data.label_maps import CAPTION_REQUEST, caption, existence_question
 from age_vlm.data.questions import EvaluationItem
 from age_vlm.data.scene_questions import scene_texts
-from age_vlm.data.sources import load_source
 from age_vlm.errors import UserError, check_new_folder, run_command
 from age_vlm.evaluation.answers import yes_scores
 from age_vlm.evaluation.attention import chosen_heads
@@ -37,8 +40,6 @@ from age_vlm.evaluation.metrics import auc
 from age_vlm.hub import load_checkpoint, save_checkpoint
 from age_vlm.training import AgeVlmTrainer, AlignmentConfig
 from age_vlm.training.lora import LORA_TARGETS, lora_config
-from age_vlm.training.recipe import DataRecipe, TrainingRecipe
-from age_vlm.training.run import environment, train, training_arguments
 
 
 Figures = dict[str, float]

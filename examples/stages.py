@@ -20,10 +20,10 @@ from ablation import run_all, save_result
 from tables import environment_name, write_csv, write_markdown
 from transformers import logging
 
+from age_vlm.commands.pipeline import load_stages, run_stages
+from age_vlm.commands.recipe import Recipe, load_recipe
+from age_vlm.commands.train import run_recipe
 from age_vlm.errors import run_command
-from age_vlm.training.pipeline import run_recipe
-from age_vlm.training.recipe import Recipe, load_recipe
-from age_vlm.training.stages import load_stages, run_stages
 
 
 ARMS = ("four stages", "one joint stage")

@@ -7,7 +7,7 @@ import re
 import statistics
 from pathlib import Path
 
-from age_vlm.whole_files import write_whole
+from age_vlm.atomic_files import write_whole
 
 
 def environment_name(environment: dict) -> str:

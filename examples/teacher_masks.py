@@ -24,16 +24,16 @@ from pycocotools import mask as coco
 from tables import environment_name, write_csv, write_markdown
 from train_tiny_sam import box_of
 
+from age_vlm.commands.recipe import DataRecipe, Recipe, load_recipe
+from age_vlm.commands.sources import DataSource, load_source
 from age_vlm.data.masks import decode_mask, encode_mask
 from age_vlm.data.scene_questions import scene_sample
 from age_vlm.data.scenes import Scene, draw_scene
 from age_vlm.data.schema import FEATURES, Sample, grounding
-from age_vlm.data.sources import DataSource, load_source
 from age_vlm.errors import check_new_folder, run_command
 from age_vlm.evaluation.benchmark import answer_metrics
 from age_vlm.grounding import load_teacher
 from age_vlm.grounding.run import ground
-from age_vlm.training.recipe import DataRecipe, Recipe, load_recipe
 
 
 TEACHER = "alignment, masks of a teacher"

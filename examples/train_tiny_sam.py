@@ -22,14 +22,16 @@ import torch.nn.functional as F
 from torchvision.ops import sigmoid_focal_loss
 from transformers import Sam2Config, Sam2ImageProcessor, Sam2Model, Sam2Processor, Trainer, logging, set_seed
 
+from age_vlm.commands.callbacks import CurveCallback
+from age_vlm.commands.environment import environment
+from age_vlm.commands.fit import train, training_arguments
+from age_vlm.commands.recipe import TrainingRecipe
 from age_vlm.console import plain_console, plain_table
 from age_vlm.data.scenes import Scene, draw_scene
 from age_vlm.errors import UserError, check_new_folder, run_command
 from age_vlm.grounding import Prompt
 from age_vlm.grounding.sam2 import Sam2Teacher
 from age_vlm.hub import save_checkpoint
-from age_vlm.training.recipe import TrainingRecipe
-from age_vlm.training.run import CurveCallback, environment, train, training_arguments
 
 
 # Pixels of a side that the model sees; its masks have half as many.

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 
 from age_vlm.cli import main
+from age_vlm.commands.build import build_model
+from age_vlm.commands.recipe import DataRecipe, ModelRecipe
+from age_vlm.commands.sources import load_source
 from age_vlm.data.scene_datasets import to_dataset
-from age_vlm.data.sources import load_source
 from age_vlm.hub import save_checkpoint
-from age_vlm.training.recipe import DataRecipe, ModelRecipe
-from age_vlm.training.run import build_model
 
 
 SHORT = [

@@ -8,15 +8,15 @@ import pytest
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from age_vlm.ask import ask, bundled_checkpoint
+from age_vlm.commands.ask import ask, bundled_checkpoint
+from age_vlm.commands.recipe import load_recipe
+from age_vlm.commands.sources import load_sources
+from age_vlm.commands.train import test_metrics as measured
 from age_vlm.configuration.checkpoint_code_agevlm import checkpoint_code
 from age_vlm.data.collator import token_grid_size
 from age_vlm.data.scene_datasets import scene_items
-from age_vlm.data.sources import load_sources
 from age_vlm.evaluation.benchmark import answer_metrics, grounding_metrics
 from age_vlm.training import AlignmentConfig
-from age_vlm.training.pipeline import test_metrics as measured
-from age_vlm.training.recipe import load_recipe
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,7 @@ class Hook:
     used_by: str | None = None
 
 
-TRAINER, RUN = "src/age_vlm/training/trainer.py", "src/age_vlm/training/processes.py"
+TRAINER, RUN = "src/age_vlm/training/trainer.py", "src/age_vlm/training/distributed.py"
 MODEL, TEXT = "modeling_agevlm/modeling_agevlm.py", "modeling_agevlm/cross_attention_agevlm.py"
 VISION, PLANNED = "modeling_agevlm/vision_agevlm.py", "src/age_vlm/planning/plan.py"
 PRETRAINED = "transformers.modeling_utils:PreTrainedModel"
@@ -60,7 +60,7 @@ HOOKS = [
         "accelerate.state:AcceleratorState._reset_state", "(reset_partial_state)",
     ),
     Hook(
-        "_fingerprint", ("src/age_vlm/grounding/samples.py",), "datasets shows no hash of a data set's content otherwise",
+        "_fingerprint", ("src/age_vlm/grounding/inputs.py",), "datasets shows no hash of a data set's content otherwise",
         "datasets:Dataset._fingerprint", None, "datasets:Dataset.__init__",
     ),
     Hook("_no_split_modules", (MODEL, TEXT, VISION, PLANNED, TRAINER), DECLARED, f"{PRETRAINED}._no_split_modules", None,

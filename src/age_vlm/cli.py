@@ -111,14 +111,14 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _run(recipe_path, options: argparse.Namespace, output: str | None) -> None:
-    from .training.recipe import load_recipe
+    from .commands.recipe import load_recipe
 
     recipe = load_recipe(recipe_path, options.overrides)
     folder = Path(output or Path("runs") / recipe.name)
 
+    from .commands.train import run_recipe, table_rows
     from .console import plain_console, plain_table
-    from .training.pipeline import run_recipe, table_rows
-    from .training.processes import is_main, leave
+    from .training.distributed import is_main, leave
 
     metrics = run_recipe(recipe, folder, overwrite=options.overwrite, resume=options.resume)
     leave()
@@ -133,14 +133,14 @@ def _run(recipe_path, options: argparse.Namespace, output: str | None) -> None:
 
 
 def _pipeline(options: argparse.Namespace) -> None:
-    from .training.stages import load_stages
+    from .commands.pipeline import load_stages
 
     stages = load_stages(options.recipes, options.overrides)
 
+    from .commands.pipeline import run_stages
+    from .commands.train import table_rows
     from .console import plain_console, plain_table
-    from .training.pipeline import table_rows
-    from .training.processes import is_main, leave
-    from .training.stages import run_stages
+    from .training.distributed import is_main, leave
 
     console = plain_console(quiet=not is_main())
     figures = run_stages(
@@ -156,8 +156,8 @@ def _pipeline(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from .planning.plan import Hardware, plans
-    from .planning.table import parse_size, plan_table
+    from .commands.planning.plan import Hardware, plans
+    from .commands.planning.table import parse_size, plan_table
 
     hardware = Hardware(
         devices=options.devices,
@@ -172,8 +172,8 @@ def _plan(options: argparse.Namespace) -> None:
         check_new_file("--json", options.json)
     made = plans(options.recipe, options.overrides, hardware, length=options.length)
 
+    from .atomic_files import write_whole
     from .console import plain_console
-    from .whole_files import write_whole
 
     console = plain_console()
     console.print(plan_table(made))
@@ -223,8 +223,8 @@ def _ground(options: argparse.Namespace) -> None:
 def _ask(options: argparse.Namespace) -> None:
     import PIL.Image
 
-    from .ask import ask, load
-    from .whole_files import replaced
+    from .atomic_files import replaced
+    from .commands.ask import ask, load
 
     if options.overlay:
         check_new_file("--overlay", options.overlay)

@@ -15,13 +15,13 @@ from safetensors import SafetensorError
 from transformers import AutoConfig
 from transformers.utils import find_adapter_config_file, has_file
 
+from .atomic_files import beside, unfinished, with_plain_modes
+from .cards import THIS_REPOSITORY, is_local, keep_licenses, parts_card
 from .configuration import AgeVlmConfig
 from .configuration.configuration_agevlm import unknown_option
 from .errors import UserError
-from .model_card import THIS_REPOSITORY, is_local, keep_licenses, parts_card
 from .modeling_agevlm import AgeVlmForConditionalGeneration
 from .processing import AgeVlmProcessor
-from .whole_files import beside, unfinished, with_plain_modes
 
 
 # What transformers and PEFT write for a model and its processor, and what comes with it.

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from age_vlm.commands.recipe import DataRecipe, Recipe, TrainingRecipe
+from age_vlm.commands.sources import load_source, load_sources
 from age_vlm.data.held_out import HeldOutImages, StoredImage
 from age_vlm.data.label_maps import LabelMaps
 from age_vlm.data.schema import FEATURES, assistant_message, user_message
-from age_vlm.data.sources import load_source, load_sources
-from age_vlm.training.recipe import DataRecipe, Recipe, TrainingRecipe
 
 
 CHAT = [user_message("is it red?", images=1), assistant_message("yes")]

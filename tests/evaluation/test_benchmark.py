@@ -4,15 +4,15 @@ import math
 import pytest
 import torch
 
+from age_vlm.commands.build import build_model
+from age_vlm.commands.recipe import DataRecipe, ModelRecipe
+from age_vlm.commands.sources import load_source
 from age_vlm.data.collator import token_grid_size
 from age_vlm.data.scene_datasets import scene_items
-from age_vlm.data.sources import load_source
 from age_vlm.evaluation.answers import generate_answers, yes_scores
 from age_vlm.evaluation.benchmark import answer_metrics, grounding_metrics, presence_metrics, split_items
 from age_vlm.evaluation.grounding import phrase_attention
 from age_vlm.training import AlignmentConfig
-from age_vlm.training.recipe import DataRecipe, ModelRecipe
-from age_vlm.training.run import build_model
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from age_vlm import AgeVlmForConditionalGeneration, AgeVlmProcessor
-from age_vlm.ask import bundled_checkpoint
+from age_vlm.commands.ask import bundled_checkpoint
 from age_vlm.hub import load_checkpoint
 
 

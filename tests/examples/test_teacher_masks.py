@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
+from age_vlm.commands.recipe import DataRecipe, Recipe
+from age_vlm.commands.sources import load_source
 from age_vlm.data.collator import AgeVlmCollator
 from age_vlm.data.masks import decode_mask, encode_mask
 from age_vlm.data.scene_questions import scene_sample
 from age_vlm.data.scenes import draw_scene
 from age_vlm.data.schema import FEATURES
-from age_vlm.data.sources import load_source
-from age_vlm.training.recipe import DataRecipe, Recipe
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

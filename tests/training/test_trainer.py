@@ -20,9 +20,9 @@ from age_vlm.data.schema import assistant_message, grounding, user_message
 from age_vlm.evaluation.attention import picture_attention
 from age_vlm.training import AgeVlmTrainer, AlignmentConfig
 from age_vlm.training.alignment import alignment_losses
+from age_vlm.training.components import part_of
 from age_vlm.training.lora import lora_config
 from age_vlm.training.loss_watch import gradient_norm
-from age_vlm.training.parts import part_of
 
 
 ALIGNMENT = AlignmentConfig(weight=0.7, layers=[0, 1])

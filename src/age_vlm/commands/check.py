@@ -24,12 +24,12 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 from transformers.utils import is_flash_attn_2_available, is_torch_flex_attn_available, logging
 
-from ..ask import bundled_checkpoint
 from ..configuration import preset_config
 from ..data.scenes_tokenizer import build_scenes_tokenizer
 from ..hub import load_checkpoint, save_checkpoint
 from ..modeling_agevlm import AgeVlmForConditionalGeneration
 from ..processing import AgeVlmProcessor, whole_image_processor
+from .ask import bundled_checkpoint
 
 
 NEW_TOKENS = 6

@@ -15,11 +15,11 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFilter
 
+from ..atomic_files import write_whole
 from ..data.masks import decode_mask
 from ..data.schema import message_text
-from ..pages import render_page
+from ..html import render_page
 from ..processing.images_agevlm import load_rgb
-from ..whole_files import write_whole
 from .shards import ShardFolder
 
 

@@ -18,15 +18,15 @@ from accelerate.utils import broadcast_object_list
 from pycocotools import mask as coco
 from tqdm.auto import tqdm
 
-from ..data.left_out import LeftOut, Unusable
+from ..atomic_files import replaced
 from ..data.masks import MaskRLE, encode_mask
+from ..data.rejects import LeftOut, Unusable
 from ..data.schema import FEATURES
 from ..errors import UserError, check_new_folder, filling, writing
-from ..whole_files import replaced
+from ..grounding.inputs import Phrase, Refusal, Source, Unit, make_unit
+from ..grounding.teacher import Masks, Teacher, process_state
 from .contact_sheet import write_contact_sheet
-from .samples import Phrase, Refusal, Source, Unit, make_unit
 from .shards import REPORT, ShardFolder
-from .teacher import Masks, Teacher, process_state
 
 
 _FORMAT = 1

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..atomic_files import replaced, unfinished
 from ..errors import UserError
-from ..whole_files import replaced, unfinished
 
 
 _MANIFEST = "manifest.json"

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..errors import UserError
-from .processes import EndedElsewhere
+from .distributed import EndedElsewhere
 
 
 if TYPE_CHECKING:

@@ -20,9 +20,9 @@ from ..errors import UserError
 from ..evaluation.attention import chosen_heads, picture_attention
 from ..evaluation.metrics import attention_mass, pointing_hit
 from .alignment import AlignmentConfig, alignment_losses
+from .components import part_of
+from .distributed import keep_to_one_gpu
 from .loss_watch import BAD_BATCHES, StepWatch
-from .parts import part_of
-from .processes import keep_to_one_gpu
 from .prompt_learning import virtual_tokens
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from ..modeling_agevlm.vision_agevlm import feature_map, token_grid, vision_width
-from .processes import keep_to_one_gpu
+from .distributed import keep_to_one_gpu
 
 
 class VisionClassifier(nn.Module):

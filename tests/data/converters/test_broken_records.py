@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from age_vlm.data.converters import CONVERTERS
-from age_vlm.data.left_out import LeftOut
+from age_vlm.data.rejects import LeftOut
 from age_vlm.data.schema import validate_sample
 
 

@@ -2,7 +2,7 @@ import pytest
 from datasets import Dataset, Features, Image, Value
 
 from age_vlm.data.converters.cauldron import cauldron
-from age_vlm.data.left_out import LeftOut
+from age_vlm.data.rejects import LeftOut
 from age_vlm.data.schema import message_text
 
 

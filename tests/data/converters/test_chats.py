@@ -2,7 +2,7 @@ import pytest
 from PIL import Image
 
 from age_vlm.data.converters.chats import chat, line, require_only, statements
-from age_vlm.data.left_out import Unusable
+from age_vlm.data.rejects import Unusable
 from age_vlm.data.schema import message_text, validate_sample
 
 

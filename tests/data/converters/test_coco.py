@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from age_vlm.data.converters.coco import category_words, coco, segment_ids
-from age_vlm.data.left_out import LeftOut
 from age_vlm.data.masks import decode_mask, encode_mask
+from age_vlm.data.rejects import LeftOut
 from age_vlm.data.schema import message_text
 
 

@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from age_vlm.data.converters.flickr30k_entities import caption_phrases, flickr30k_entities
-from age_vlm.data.left_out import LeftOut
+from age_vlm.data.rejects import LeftOut
 
 
 WIDTH, HEIGHT = 33, 50

@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco
 
 from age_vlm.data.converters.geometry import clipped_box, segmentation_mask, union
-from age_vlm.data.left_out import Unusable
 from age_vlm.data.masks import decode_mask, encode_mask
+from age_vlm.data.rejects import Unusable
 
 
 SIDES = st.integers(1, 60)

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from age_vlm.data.converters import CONVERTERS
-from age_vlm.data.left_out import LeftOut
+from age_vlm.data.rejects import LeftOut
 
 
 SIZE = {"width": 40, "height": 30}

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from age_vlm.data.converters.index import Index, identity
-from age_vlm.data.left_out import LeftOut, Unusable
+from age_vlm.data.rejects import LeftOut, Unusable
 
 
 @given(st.integers(-(10**15), 10**15))

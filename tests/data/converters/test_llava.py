@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset, Features, Image, Value
 
 from age_vlm.data.converters.llava import llava
-from age_vlm.data.left_out import LeftOut
+from age_vlm.data.rejects import LeftOut
 from age_vlm.data.schema import message_text
 
 

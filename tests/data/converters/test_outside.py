@@ -11,7 +11,7 @@ from PIL import Image
 
 from age_vlm.data.converters import CONVERTERS
 from age_vlm.data.label_maps import LabelMaps
-from age_vlm.data.left_out import LeftOut
+from age_vlm.data.rejects import LeftOut
 
 
 SIZE = {"width": 40, "height": 30}

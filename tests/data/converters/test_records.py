@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from age_vlm.data.converters import records
 from age_vlm.data.converters.records import read_coco, read_json, read_table
-from age_vlm.data.left_out import LeftOut
+from age_vlm.data.rejects import LeftOut
 
 
 VALUES = st.recursive(

@@ -7,8 +7,8 @@ import pytest
 from datasets import Dataset
 
 from age_vlm.data.converters.refcoco import picture_names, refcoco, refcoco_hub
-from age_vlm.data.left_out import LeftOut
 from age_vlm.data.masks import decode_mask
+from age_vlm.data.rejects import LeftOut
 from age_vlm.data.schema import message_text
 
 

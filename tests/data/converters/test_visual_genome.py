@@ -3,7 +3,7 @@ import json
 import pytest
 
 from age_vlm.data.converters.visual_genome import visual_genome
-from age_vlm.data.left_out import LeftOut
+from age_vlm.data.rejects import LeftOut
 
 
 def region(number, image_id, x, y, width, height, phrase):

@@ -14,14 +14,14 @@ from datasets.exceptions import DatasetGenerationError
 
 from ...errors import UserError
 from ..file_state import files_state
-from ..left_out import LeftOut
+from ..rejects import LeftOut
 from ..schema import FEATURES, Sample
 from .cauldron import cauldron
 from .coco import coco, segments_beside
 from .flickr30k_entities import flickr30k_entities
+from .images import stored_picture
 from .label_maps import label_maps
 from .llava import llava
-from .pictures import stored_picture
 from .refcoco import refcoco, refcoco_hub
 from .visual_genome import visual_genome
 

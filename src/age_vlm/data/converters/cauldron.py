@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ..left_out import LeftOut, Unusable, reported
+from ..rejects import LeftOut, Unusable, reported
 from ..schema import Sample
 from .chats import chat, require_only
-from .pictures import ImageFolder, open_named
+from .images import ImageFolder, open_named
 from .records import Table, read_table
 
 

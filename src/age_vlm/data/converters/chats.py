@@ -8,8 +8,8 @@ from typing import Any
 
 from PIL import Image
 
-from ..left_out import Unusable
 from ..masks import MaskRLE
+from ..rejects import Unusable
 from ..schema import ROLES, Message, Sample, assistant_message, grounding, user_message
 
 

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 
 from ..label_maps import CAPTION_REQUEST
-from ..left_out import LeftOut, Unusable, reported
 from ..masks import MaskRLE, encode_mask
+from ..rejects import LeftOut, Unusable, reported
 from ..schema import Sample
 from .chats import Phrase, line, statements
 from .geometry import EMPTY, segmentation_mask, union
+from .images import ImageFolder, open_picture, require_size
 from .index import Index, identity
 from .mentions import Vocabulary
-from .pictures import ImageFolder, open_picture, require_size
 from .records import CocoFile, existing_file, part_of, read_coco
 from .refcoco import picture_names
 

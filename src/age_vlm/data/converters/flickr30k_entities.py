@@ -10,12 +10,12 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from ..label_maps import CAPTION_REQUEST
-from ..left_out import LeftOut, Unusable, reported
+from ..rejects import LeftOut, Unusable, reported
 from ..schema import Sample, upright_size
 from .chats import Phrase, line, statements
 from .geometry import clipped_box
+from .images import ImageFolder, open_picture, require_size
 from .index import Index, identity
-from .pictures import ImageFolder, open_picture, require_size
 from .records import existing_file, part_of
 
 

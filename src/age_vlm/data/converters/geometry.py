@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco
 
-from ..left_out import Unusable
 from ..masks import MaskRLE, decode_mask, mask_size
+from ..rejects import Unusable
 
 
 EMPTY = "annotation covers nothing of the image"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Generic, TypeVar
 
-from ..left_out import LeftOut, Unusable
+from ..rejects import LeftOut, Unusable
 
 
 Record = TypeVar("Record")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..label_maps import LabelMaps, LabelMapsDataset
-from ..left_out import LeftOut
+from ..rejects import LeftOut
 from ..schema import Sample
 
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..left_out import LeftOut, reported
+from ..rejects import LeftOut, reported
 from ..schema import Sample
 from .chats import chat, require_only
-from .pictures import ImageFolder, open_named
+from .images import ImageFolder, open_named
 from .records import Table, part_of, read_json, read_table
 
 

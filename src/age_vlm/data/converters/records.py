@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TextIO
 import datasets
 
 from ...errors import UserError
-from ..left_out import LeftOut, Unusable
+from ..rejects import LeftOut, Unusable
 from .index import Index, identity
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
-from ..left_out import LeftOut, Unusable, reported
 from ..masks import MaskRLE
+from ..rejects import LeftOut, Unusable, reported
 from ..schema import Sample
 from .chats import REGION_REQUEST, Phrase, line, statements
 from .geometry import segmentation_mask
+from .images import ImageFolder, open_picture, require_size
 from .index import Index, identity
-from .pictures import ImageFolder, open_picture, require_size
 from .records import CocoFile, Table, existing_file, part_of, read_coco, read_table
 
 

@@ -7,12 +7,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..left_out import LeftOut, Unusable, reported
+from ..rejects import LeftOut, Unusable, reported
 from ..schema import Sample, upright_size
 from .chats import REGION_REQUEST, Phrase, line, statements
 from .geometry import clipped_box
+from .images import ImageFolder, open_picture
 from .index import Index, identity
-from .pictures import ImageFolder, open_picture
 from .records import part_of, read_json
 
 

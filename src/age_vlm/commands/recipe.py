@@ -1,0 +1,426 @@
+"""Recipes: YAML files that say everything about a training run, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..configuration import PRESETS
+from ..errors import UserError, reading
+from ..training.alignment import AlignmentConfig
+from ..training.components import PARTS
+
+
+# `model.checkpoint` of a recipe that goes on from the one before it in a folder of recipes.
+PREVIOUS = "previous"
+
+
+@dataclass
+class ModelRecipe:
+    """Where the model comes from: a `preset` with random weights, two pretrained `backbones`, or a saved `checkpoint`."""
+
+    preset: str = "age-vlm-tiny"
+    text: str | None = None
+    vision: str | None = None
+    checkpoint: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    image_size: int | list[int] | None = None
+    attention: str = "sdpa"
+    dtype: str | None = None
+
+    def __post_init__(self):
+        if self.attention not in ("eager", "sdpa", "flex_attention"):
+            raise UserError(f"model.attention: got '{self.attention}', expected 'eager', 'sdpa' or 'flex_attention'.")
+        if isinstance(self.image_size, list) and len(self.image_size) != 2:
+            raise UserError(f"model.image_size: got {self.image_size}, expected a side, or a height and a width.")
+        sides = self.image_size if isinstance(self.image_size, list) else [self.image_size]
+        if any(side is not None and side < 1 for side in sides):
+            raise UserError(f"model.image_size: got {self.image_size}, expected pixels, at least 1.")
+        if strange := [key for key in self.config if not isinstance(key, str)]:
+            raise UserError(f"model.config: got the key {strange[0]!r}, expected names of fields of AgeVlmConfig.")
+        if self.preset not in PRESETS:
+            nearest = get_close_matches(self.preset, PRESETS, n=1, cutoff=0.0)[0]
+            raise UserError(
+                f"model.preset: got '{self.preset}', expected one of {', '.join(PRESETS)} (nearest: '{nearest}')."
+            )
+        if (self.text is None) != (self.vision is None):
+            raise UserError("model.text, model.vision: got one without the other, expected both or neither.")
+        if self.dtype not in (None, "float32", "bfloat16"):
+            raise UserError(f"model.dtype: got '{self.dtype}', expected 'float32', 'bfloat16' or null.")
+        if self.dtype is not None and self.text is None:
+            raise UserError(
+                f"model.dtype: got '{self.dtype}' without model.text and model.vision, expected null: presets are float32, "
+                "and a checkpoint keeps its own."
+            )
+
+
+@dataclass
+class DataRecipe:
+    """What is trained on: drawn `scenes`, `label_maps`, photographs with per-pixel class indices, or a `dataset` of samples
+    of the schema."""
+
+    kind: str = "scenes"
+    weight: float = 1.0
+    texts: list[str] | None = None
+    train: int = 4000
+    validation: int = 200
+    test: int = 500
+    test_seed: int = 0
+    images: str | None = None
+    labels: str | None = None
+    instances: str | None = None
+    classes: list[str] | None = None
+    ignore: list[int] = field(default_factory=list)
+    crop: list[int] = field(default_factory=lambda: [256, 192])
+    min_side: float = 0.45
+    path: str | None = None
+    license: str | None = None
+    split: str = "train"
+    held_out: float = 0.2
+    crops_per_frame: int = 8
+    masks: str = "own"
+    allow_outside: bool = False
+
+    def __post_init__(self):
+        if self.kind not in TEXTS:
+            raise UserError(f"data.kind: got '{self.kind}', expected {_or(TEXTS)}.")
+        if self.kind == "label_maps" and not (self.images and self.labels and self.classes):
+            raise UserError("data: kind 'label_maps' needs images, labels and classes, got at least one of them empty.")
+        if self.kind == "dataset" and not self.path:
+            raise UserError(
+                "data.path: got none, expected the folder or Hub name of a data set in the schema of age_vlm.data.schema."
+            )
+        if self.masks not in ("own", "other"):
+            raise UserError(
+                f"data.masks: got '{self.masks}', expected 'own', or 'other' for the control with masks of other pictures."
+            )
+        if len(self.crop) != 2:
+            raise UserError(f"data.crop: got {self.crop}, expected a width and a height.")
+        if not 0 < self.min_side <= 1:
+            raise UserError(f"data.min_side: got {self.min_side}, expected a share above 0 and up to 1.")
+        if not 0 <= self.held_out < 1 or (self.kind == "label_maps" and not self.held_out):
+            lowest = "above" if self.kind == "label_maps" else "from"
+            raise UserError(f"data.held_out: got {self.held_out}, expected a share, {lowest} 0 and below 1.")
+        if not self.weight > 0:
+            raise UserError(f"data.weight: got {self.weight}, expected more than 0.")
+        self._check_texts()
+        _at_least(self, "data", 1, "train", "validation", "test", "crops_per_frame")
+
+    def _check_texts(self) -> None:
+        if self.texts is None:
+            return
+        possible = TEXTS[self.kind]
+        if not possible:
+            raise UserError(
+                f"data.texts: got {self.texts}, expected null: a data set of kind '{self.kind}' is used whole."
+            )
+        if not self.texts:
+            raise UserError("data.texts: got an empty list, expected at least one kind of text, or null for all.")
+        for text in self.texts:
+            if text not in possible:
+                nearest = get_close_matches(text, possible, n=1, cutoff=0.0)[0]
+                raise UserError(
+                    f"data.texts: got '{text}', expected some of {', '.join(possible)} for kind '{self.kind}' "
+                    f"(nearest: '{nearest}')."
+                )
+        if self.kind == "label_maps" and self.texts == ["count"] and not self.instances:
+            raise UserError("data.texts: got count alone, which needs data.instances.")
+
+
+@dataclass
+class WarmStartRecipe:
+    """Pretraining of the vision encoder on single pictures with one label each, without any mask; 0 steps: none."""
+
+    steps: int = 0
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+
+    def __post_init__(self):
+        _at_least(self, "warm_start", 0, "steps", "learning_rate")
+        _at_least(self, "warm_start", 1, "batch_size")
+
+
+@dataclass
+class LoraRecipe:
+    """Size of the adapters of parts that are trained by `lora`; `alpha` is twice the rank when left out."""
+
+    rank: int = 8
+    alpha: float | None = None
+    dropout: float = 0.0
+    dora: bool = False
+
+    def __post_init__(self):
+        _at_least(self, "training.lora", 1, "rank")
+        if self.alpha is not None and not self.alpha > 0:
+            raise UserError(f"training.lora.alpha: got {self.alpha}, expected more than 0.")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"training.lora.dropout: got {self.dropout}, expected a share, from 0 to below 1.")
+
+
+@dataclass
+class TrainingRecipe:
+    """Length, batch and optimizer, and for each part of the model whether it is `frozen`, or trained in `full` or by
+    `lora`."""
+
+    steps: int = 1000
+    batch_size: int = 32
+    gradient_accumulation: int = 1
+    learning_rate: float = 2e-3
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    weight_decay: float = 0.05
+    adam_beta2: float = 0.999
+    warmup: float = 0.05
+    schedule: str = "cosine"
+    max_grad_norm: float = 1.0
+    precision: str = "fp32"
+    gradient_checkpointing: bool = False
+    vision: str = "full"
+    projector: str = "full"
+    cross_attention: str = "full"
+    language_model: str = "full"
+    lora: LoraRecipe = field(default_factory=LoraRecipe)
+    independent_turns: bool = True
+    max_length: int | None = None
+    packing: bool = False
+    pack_length: int | None = None
+    non_finite: str = "stop"
+    spike_threshold: float = 10.0
+    log_every: int = 25
+    evaluate_every: int = 100
+    save_every: int = 0
+    workers: int = 0
+    report_to: list[str] = field(default_factory=list)
+
+    @property
+    def modes(self) -> dict[str, str]:
+        """Part -> `frozen`, `full` or `lora`."""
+        return {part: getattr(self, part) for part in PARTS}
+
+    def __post_init__(self):
+        for part, mode in self.modes.items():
+            possible = MODES if part in LORA_PARTS else MODES[:2]
+            if mode not in possible:
+                nearest = get_close_matches(mode, possible, n=1, cutoff=0.0)[0]
+                raise UserError(f"training.{part}: got '{mode}', expected {_or(possible)} (nearest: '{nearest}').")
+        if set(self.modes.values()) == {"frozen"}:
+            raise UserError(f"training: got 'frozen' for all of {', '.join(PARTS)}, expected at least one that learns.")
+        for part, rate in self.learning_rates.items():
+            if part not in PARTS:
+                nearest = get_close_matches(str(part), PARTS, n=1, cutoff=0.0)[0]
+                raise UserError(
+                    f"training.learning_rates: got '{part}', expected parts of {', '.join(PARTS)} (nearest: '{nearest}')."
+                )
+            if self.modes[part] == "frozen":
+                raise UserError(f"training.learning_rates.{part}: got a rate, but training.{part} is 'frozen'.")
+            if rate < 0:
+                raise UserError(f"training.learning_rates.{part}: got {rate}, expected at least 0.")
+        if self.precision not in ("fp32", "bf16", "fp16"):
+            raise UserError(f"training.precision: got '{self.precision}', expected 'fp32', 'bf16' or 'fp16'.")
+        if self.schedule not in SCHEDULES:
+            nearest = get_close_matches(self.schedule, SCHEDULES, n=1, cutoff=0.0)[0]
+            raise UserError(
+                f"training.schedule: got '{self.schedule}', expected one of {', '.join(SCHEDULES)} (nearest: '{nearest}')."
+            )
+        if not 0 <= self.adam_beta2 < 1:
+            raise UserError(f"training.adam_beta2: got {self.adam_beta2}, expected at least 0 and below 1.")
+        if not 0 <= self.warmup <= 1:
+            raise UserError(f"training.warmup: got {self.warmup}, expected a share of the steps, from 0 to 1.")
+        if self.max_length is not None and self.max_length < 1:
+            raise UserError(f"training.max_length: got {self.max_length}, expected at least 1, or null for no limit.")
+        if self.pack_length is not None and (self.pack_length < 1 or not self.packing):
+            raise UserError(
+                f"training.pack_length: got {self.pack_length}, expected at least 1, or null for twice the longest sample, "
+                "and training.packing."
+            )
+        if self.non_finite not in ("stop", "skip"):
+            raise UserError(f"training.non_finite: got '{self.non_finite}', expected 'stop' or 'skip'.")
+        self._check_report_to()
+        _at_least(self, "training", 1, "steps", "batch_size", "gradient_accumulation", "log_every", "evaluate_every")
+        _at_least(self, "training", 0, "learning_rate", "weight_decay", "max_grad_norm", "save_every", "workers")
+        _at_least(self, "training", 0, "spike_threshold")
+
+    def _check_report_to(self) -> None:
+        if not self.report_to:
+            return
+        from transformers.integrations.integration_utils import (
+            INTEGRATION_TO_CALLBACK,
+            get_available_reporting_integrations,
+            is_flytekit_available,
+        )
+
+        installed = get_available_reporting_integrations()
+        for name in self.report_to:
+            if name not in INTEGRATION_TO_CALLBACK:
+                nearest = get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1, cutoff=0.0)[0]
+                raise UserError(
+                    f"training.report_to: got '{name}', expected some of {', '.join(sorted(INTEGRATION_TO_CALLBACK))} "
+                    f"(nearest: '{nearest}')."
+                )
+            # transformers looks for flyte only when it is used.
+            if not (is_flytekit_available() if name == "flyte" else name in installed):
+                raise UserError(f"training.report_to: got '{name}', which is not installed (pip install {name}).")
+
+
+@dataclass
+class Recipe:
+    """One training run, whole. `data` is trained on and measured on; `mix` is trained on beside it."""
+
+    name: str = "age-vlm"
+    seed: int = 0
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    data: DataRecipe = field(default_factory=DataRecipe)
+    mix: list[DataRecipe] = field(default_factory=list)
+    warm_start: WarmStartRecipe = field(default_factory=WarmStartRecipe)
+    training: TrainingRecipe = field(default_factory=TrainingRecipe)
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+
+    def __post_init__(self):
+        _at_least(self, "", 0, "seed")
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+
+
+# Kind of data -> kinds of texts it can be asked for.
+TEXTS = {
+    "scenes": ("caption", "existence", "count", "colour", "relation"),
+    "label_maps": ("caption", "existence", "count"),
+    "dataset": (),
+}
+MODES = ("frozen", "full", "lora")
+LORA_PARTS = ("cross_attention", "language_model")
+# Of `training`: what becomes of a step that goes wrong, not what is learned from the others.
+WATCH_KEYS = ("non_finite", "spike_threshold")
+# Those of transformers that need nothing but the number of steps.
+SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
+
+
+def _or(words: typing.Iterable[str]) -> str:
+    *first, last = (f"'{word}'" for word in words)
+    return f"{', '.join(first)} or {last}"
+
+
+def _at_least(recipe: Any, section: str, lowest: float, *names: str) -> None:
+    for name in names:
+        if not getattr(recipe, name) >= lowest:
+            where = f"{section}.{name}" if section else name
+            raise UserError(f"{where}: got {getattr(recipe, name)}, expected at least {lowest}.")
+
+
+def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """Reads a recipe; `overrides` are `section.key=value` with values in YAML, `mix.0.key=value` for items of a list.
+
+    Raises:
+        UserError: one sentence, for a file that is not there or no YAML, an unknown key (with the nearest one), or a
+            value of another type.
+    """
+    path = Path(path)
+    with reading("recipe", path):
+        if not path.is_file():
+            raise UserError(f"recipe: '{path}' is not a file, expected a YAML file.")
+        text = path.read_bytes()
+    try:
+        values = yaml.safe_load(text.decode()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe: '{path}' is not YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"recipe: '{path}' holds {values!r}, expected keys and values.")
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator:
+            raise UserError(f"override: got '{override}', expected section.key=value.")
+        *sections, name = key.split(".")
+        target = values
+        for section in sections:
+            if isinstance(target, list):
+                target = target[int(section)] if section.isdecimal() and int(section) < len(target) else None
+            else:
+                target = target.setdefault(section, {})
+            if not isinstance(target, (dict, list)):
+                raise UserError(f"override: '{section}' in '{override}' has no keys of its own.")
+        if isinstance(target, list):
+            raise UserError(f"override: '{name}' in '{override}' is no key, expected one after the number of an item.")
+        try:
+            target[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"override: the value in '{override}' is not YAML: {reason}.") from None
+    return build(Recipe, values)
+
+
+def build(cls: type, values: Any, where: str = ""):
+    """A dataclass from plain values, strictly: unknown keys and values of another type are errors."""
+    if not isinstance(values, dict):
+        raise UserError(f"{where or 'recipe'}: got {values!r}, expected keys and values.")
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for key, value in values.items():
+        name = f"{where}.{key}" if where else str(key)
+        if key not in hints:
+            nearest = get_close_matches(str(key), hints, n=1, cutoff=0.0)[0]
+            raise UserError(f"{name}: unknown key, expected one of {', '.join(hints)} (nearest: '{nearest}').")
+        arguments[key] = _converted(value, hints[key], name)
+    return cls(**arguments)
+
+
+def _converted(value: Any, hint: Any, name: str) -> Any:
+    items = typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, name)
+    if isinstance(value, list) and items and dataclasses.is_dataclass(items[0]):
+        return [_item(items[0], each, f"{name}.{number}") for number, each in enumerate(value)]
+    if hint is float or hint == float | None:
+        value = _number(value)
+    if hint == dict[str, float] and isinstance(value, dict):
+        return {key: _converted(each, float, f"{name}.{key}") for key, each in value.items()}
+    if not _fits(value, hint):
+        raise UserError(f"{name}: got {value!r}, expected {_shown(hint)}.")
+    return value
+
+
+def _item(cls: type, values: Any, name: str):
+    try:
+        return build(cls, values, name)
+    except UserError as error:
+        # Data speaks of itself as of the section that it usually is.
+        raise UserError(re.sub(r"^data\b(?=[.:])", name, str(error))) from None
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 2e-3, without a point, as text; whole numbers are floats where one is wanted."""
+    if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
+        try:
+            return float(value)
+        except (ValueError, OverflowError):
+            pass
+    return value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is dict:
+        return isinstance(value, dict)
+    if origin is not None:
+        return isinstance(value, (list, tuple)) and all(_fits(item, arguments[0]) for item in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _shown(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
