@@ -4,10 +4,12 @@ import base64
 import struct
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from PIL import Image, ImageCms
 
 from age_vlm.processing.images_agevlm import load_rgb
@@ -141,7 +143,9 @@ def test_transparency_of_every_mode(picture, tmp_path):
     hidden = gray == 77
     expected = np.where(hidden, 255, gray)[..., None].repeat(3, -1).astype(float)
     Image.fromarray(gray).save(tmp_path / "8.png", transparency=77)
-    Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "16.png", transparency=77 * 257)
+    # Old releases of Pillow write it from 32 bits alone, new ones from 16.
+    deep = np.uint16 if Version(PIL.__version__) >= Version("11") else np.int32
+    Image.fromarray(gray.astype(deep) * 257).save(tmp_path / "16.png", transparency=77 * 257)
     for depth in ("8", "16"):
         np.testing.assert_array_equal(rgb(tmp_path / f"{depth}.png"), expected)
     alpha = Image.merge("LA", (Image.fromarray(gray), Image.fromarray(np.where(hidden, 0, 255).astype(np.uint8))))
