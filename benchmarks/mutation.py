@@ -40,15 +40,16 @@ MODEL_TESTS = [
 ]
 # Module -> its tests, those that end soonest first.
 MODULES = {
-    "configuration/configuration_agevlm.py": ["configuration", "test_model_card.py"],
+    "configuration/configuration_agevlm.py": ["configuration", "commands/test_model_card.py"],
     "configuration/versions_agevlm.py": ["configuration/test_versions_agevlm.py"],
     "modeling_agevlm/backbones_agevlm.py": ["modeling_agevlm/test_from_backbones.py"],
     "modeling_agevlm/cache_agevlm.py": MODEL_TESTS,
     "modeling_agevlm/cross_attention_agevlm.py": MODEL_TESTS,
-    "modeling_agevlm/frozen_agevlm.py": ["modeling_agevlm/test_frozen_agevlm.py"],
+    "modeling_agevlm/attention_maps_agevlm.py": ["modeling_agevlm/test_attention_maps_agevlm.py"],
+    "modeling_agevlm/components_agevlm.py": ["modeling_agevlm/test_components_agevlm.py"],
     "modeling_agevlm/generation_agevlm.py": MODEL_TESTS,
     "modeling_agevlm/image_masks_agevlm.py": MODEL_TESTS,
-    "modeling_agevlm/modeling_agevlm.py": [*MODEL_TESTS, "modeling_agevlm/test_frozen_agevlm.py"],
+    "modeling_agevlm/modeling_agevlm.py": [*MODEL_TESTS, "modeling_agevlm/test_components_agevlm.py"],
     "modeling_agevlm/vision_agevlm.py": ["modeling_agevlm/test_vision_agevlm.py", "modeling_agevlm/test_from_backbones.py", *MODEL_TESTS],
     "processing/chat_agevlm.py": ["processing/test_chat_agevlm.py"],
     "processing/image_geometry_agevlm.py": ["processing/test_image_geometry_agevlm.py"],
@@ -60,7 +61,6 @@ MODULES = {
     "src/age_vlm/data/chat.py": ["data/test_chat.py"],
     "src/age_vlm/data/collator.py": ["data/test_collator.py"],
     "src/age_vlm/evaluation/answers.py": ["evaluation/test_answers.py"],
-    "src/age_vlm/evaluation/attention.py": ["evaluation", "training/test_alignment.py"],
     "src/age_vlm/evaluation/benchmark.py": ["evaluation/test_benchmark.py"],
     "src/age_vlm/evaluation/grounding.py": ["evaluation/test_grounding.py"],
     "src/age_vlm/evaluation/metrics.py": ["evaluation/test_metrics.py"],

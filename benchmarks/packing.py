@@ -36,7 +36,7 @@ from age_vlm.commands.environment import environment  # noqa: E402
 from age_vlm.commands.fit import training_arguments  # noqa: E402
 from age_vlm.commands.recipe import load_recipe  # noqa: E402
 from age_vlm.commands.sources import load_sources  # noqa: E402
-from age_vlm.data.collator import AgeVlmCollator, token_grid_size  # noqa: E402
+from age_vlm.data.collator import AgeVlmCollator  # noqa: E402
 from age_vlm.data.packing import packed_rows  # noqa: E402
 from age_vlm.training import AgeVlmTrainer  # noqa: E402
 
@@ -92,13 +92,12 @@ class Bench:
         source = load_sources(recipe)
         model, processor = build_model(recipe.model, source)
         set_trainable(model, recipe.training)
-        grid = token_grid_size(model, processor)
         options = {"independent_turns": recipe.training.independent_turns}
-        self.collators = {"padded": AgeVlmCollator(processor, grid, **options)}
-        self.collators["packed"] = AgeVlmCollator(processor, grid, packing=True, **options)
+        self.collators = {"padded": AgeVlmCollator.from_model(model, processor, **options)}
+        self.collators["packed"] = AgeVlmCollator.from_model(model, processor, packing=True, **options)
         for length in LENGTHS:
-            self.collators[f"full rows, {length}"] = FullRows(
-                processor, grid, packing=True, pack_length=length, **options
+            self.collators[f"full rows, {length}"] = FullRows.from_model(
+                model, processor, packing=True, pack_length=length, **options
             )
         self.trainer = AgeVlmTrainer(
             model,

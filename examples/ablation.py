@@ -27,11 +27,9 @@ from age_vlm.commands.fit import fit, train, training_arguments, warm_vision
 from age_vlm.commands.recipe import Recipe
 from age_vlm.commands.sources import DataSource, load_source
 from age_vlm.commands.train import curve_measure
-from age_vlm.data.collator import token_grid_size
 from age_vlm.data.questions import EvaluationItem
 from age_vlm.errors import UserError, check_new_folder
 from age_vlm.evaluation.answers import yes_scores
-from age_vlm.evaluation.attention import chosen_heads
 from age_vlm.evaluation.benchmark import split_items
 from age_vlm.evaluation.grounding import PhraseAttention, phrase_attention, phrase_samples
 
@@ -96,7 +94,7 @@ def run_arm(recipe: Recipe, arm: str, *, curve_on: str, figures, source: DataSou
         result[part]["pointing, chance"] = float((phrases.coverage > 0).float().mean())
         result[part]["attention mass, chance"] = float(phrases.coverage.mean())
         if arm != "concatenation":
-            mass, hits = phrases.scores(recipe.alignment.layers, chosen_heads(recipe.alignment.heads, len(heads)))
+            mass, hits = phrases.scores(recipe.alignment.layers, recipe.alignment.head_indices(len(heads)))
             result[part] |= {"attention mass": float(mass.mean()), "pointing": float(hits.mean())}
             result[part]["pointing by class"] = _by_class(phrases, hits)
     return result | {"seconds": time.perf_counter() - started}
@@ -121,13 +119,13 @@ def _by_class(phrases: PhraseAttention, hits: torch.Tensor) -> dict[str, float]:
 
 
 def _cross_attention(model, processor, items: Sequence[EvaluationItem]) -> PhraseAttention:
-    return phrase_attention(model, processor, items, token_grid_size(model, processor))
+    return phrase_attention(model, processor, items)
 
 
 def _fit_concatenation(recipe: Recipe, source, folder: str, curve_items):
     set_seed(recipe.seed)
     crossing, processor = build_model(recipe.model, source)
-    grid = token_grid_size(crossing, processor)
+    grid = crossing.image_grid(processor.image_geometry(64, 64).size)
     size = matched_intermediate_size(crossing.config, sum(p.numel() for p in crossing.parameters()))
     model = concatenation_model(crossing.config, size)
     processor = concatenation_processor(processor, grid)

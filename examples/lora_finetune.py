@@ -27,13 +27,12 @@ from age_vlm.commands.recipe import DataRecipe, TrainingRecipe
 from age_vlm.commands.sources import load_source
 from age_vlm.configuration.configuration_agevlm import LOCAL_FOLDER, is_local
 from age_vlm.console import plain_console, plain_table
-from age_vlm.data.collator import AgeVlmCollator, token_grid_size
+from age_vlm.data.collator import AgeVlmCollator
 from age_vlm.data.label_maps import CAPTION_REQUEST, caption, existence_question
 from age_vlm.data.questions import EvaluationItem
 from age_vlm.data.scene_questions import scene_texts
 from age_vlm.errors import UserError, check_new_folder, run_command
 from age_vlm.evaluation.answers import yes_scores
-from age_vlm.evaluation.attention import chosen_heads
 from age_vlm.evaluation.benchmark import split_items
 from age_vlm.evaluation.grounding import PhraseAttention, phrase_attention
 from age_vlm.evaluation.metrics import auc
@@ -92,21 +91,18 @@ def run(options: argparse.Namespace) -> None:
     set_seed(options.seed)
     model, processor = load_checkpoint(options.model, "--model")
     source = load_source(recipe, options.seed)
-    alignment = AlignmentConfig(**(model.config.alignment or {}))
+    alignment = model.alignment
     words = add_words(model, processor, source.tokenizer, texts(options.classes))
     if words:
         print(f"Words that are new to the tokenizer, whose embeddings are trained too: {', '.join(words)}.")
     ids = processor.tokenizer.convert_tokens_to_ids(words)
     config = lora_config(options.target, rank=options.rank, use_dora=options.dora, trainable_token_indices=ids or None)
-    grid = token_grid_size(model, processor)
-    phrases = phrase_attention(model, processor, source.validation, grid)
+    phrases = phrase_attention(model, processor, source.validation)
     table = {"before": answers(model, processor, source.validation) | looks(phrases, alignment)}
 
     adapted = get_peft_model(model, config)
     with tempfile.TemporaryDirectory() as scratch:
-        collator = AgeVlmCollator(
-            processor, grid, independent_turns=True, image_visibility=model.config.image_visibility
-        )
+        collator = AgeVlmCollator.from_model(model, processor, independent_turns=True)
         trainer = AgeVlmTrainer(
             adapted,
             training_arguments(training, options.seed, scratch, sys.stderr.isatty()),
@@ -116,7 +112,7 @@ def run(options: argparse.Namespace) -> None:
         )
         train(trainer, sys.stderr.isatty())
     # PEFT has put the adapter into `model` itself: what takes an AGE-VLM takes it as before.
-    after = phrase_attention(model, processor, source.validation, grid)
+    after = phrase_attention(model, processor, source.validation)
     table["after"] = answers(model, processor, source.validation) | looks(after, alignment)
     table["after, grey picture"] = answers(model, processor, [grey(item) for item in source.validation])
     table["chance"] = chance(phrases)
@@ -190,7 +186,7 @@ def answers(model, processor, items: Sequence[EvaluationItem]) -> Figures:
 
 def looks(phrases: PhraseAttention, alignment: AlignmentConfig) -> Figures:
     """Where the aligned blocks and heads look when they read the name of something visible."""
-    mass, hits = phrases.scores(alignment.layers, chosen_heads(alignment.heads, phrases.attention.shape[2]))
+    mass, hits = phrases.scores(alignment.layers, alignment.head_indices(phrases.attention.shape[2]))
     return {"attention mass in the mask": float(mass.mean()), "pointing accuracy": float(hits.mean())}
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, Tr
 from transformers.utils import logging as transformers_logging
 
 from age_vlm import AgeVlmTrainer
-from age_vlm.data.collator import AgeVlmCollator, token_grid_size
+from age_vlm.data.collator import AgeVlmCollator
 from age_vlm.data.masks import encode_mask
 from age_vlm.data.schema import assistant_message, grounding, user_message
 from age_vlm.hub import save_checkpoint
@@ -137,7 +137,7 @@ def test_a_training_step_and_an_evaluation(announcing, make_model, processor, gr
         use_cpu=True,
         disable_tqdm=True,
     )
-    collator = AgeVlmCollator(processor, token_grid_size(model, processor))
+    collator = AgeVlmCollator.from_model(model, processor)
     samples = grounded_samples
     if kind is Trainer:
         samples = [{**sample, "groundings": []} for sample in samples]

@@ -13,10 +13,8 @@ from age_vlm.commands.recipe import load_recipe
 from age_vlm.commands.sources import load_sources
 from age_vlm.commands.train import test_metrics as measured
 from age_vlm.configuration.checkpoint_code_agevlm import checkpoint_code
-from age_vlm.data.collator import token_grid_size
 from age_vlm.data.scene_datasets import scene_items
 from age_vlm.evaluation.benchmark import answer_metrics, grounding_metrics
-from age_vlm.training import AlignmentConfig
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +32,7 @@ def test_figures_on_some_test_scenes_are_those_of_the_card(checkpoint):
     stated = {name: float(value) for name, value in re.findall(r"^\| (\S+) \| (0\.\d+|1\.0+) \|", card, re.MULTILINE)}
     items = scene_items("test", 60)
     figures, _ = answer_metrics(*checkpoint, items)
-    alignment = AlignmentConfig(**checkpoint[0].config.alignment)
-    figures |= grounding_metrics(*checkpoint, items, token_grid_size(*checkpoint), alignment)
+    figures |= grounding_metrics(*checkpoint, items)
     # 60 of the card's 500 scenes: an accuracy of .9 over 120 questions has a standard error of .03.
     for name in ("pope/random/accuracy", "pope/adversarial/accuracy", "pointing_accuracy", "attention_mass"):
         assert abs(figures[name] - stated[name]) < 0.1, name

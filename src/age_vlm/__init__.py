@@ -6,7 +6,7 @@ Importing this package registers AGE-VLM with transformers' Auto classes; the to
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from .configuration import AgeVlmConfig, preset_config
+from .configuration import AgeVlmConfig, AlignmentConfig, preset_config
 from .modeling_agevlm import AgeVlmForConditionalGeneration, AgeVlmModel
 from .processing import AgeVlmProcessor
 from .registration import register
@@ -22,6 +22,7 @@ __all__ = [
     "AgeVlmModel",
     "AgeVlmProcessor",
     "AgeVlmTrainer",
+    "AlignmentConfig",
     "__version__",
     "preset_config",
 ]

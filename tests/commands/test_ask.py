@@ -6,7 +6,6 @@ import torch
 from PIL import Image
 
 from age_vlm.commands.ask import FUNCTION_WORDS, ask, load
-from age_vlm.data.collator import token_grid_size
 from age_vlm.hub import save_checkpoint
 
 
@@ -24,9 +23,9 @@ def test_words_are_the_content_words_in_order_with_a_map_each(model, processor, 
     words = ["RED", "circle", "left", "2", "red", "blue", "cars"]
     assert [word for word, _ in answer.words] == words + [word for word in said if word.lower() not in FUNCTION_WORDS]
     for _, attention in answer.words:
-        assert tuple(attention.shape) == token_grid_size(model, processor)
+        assert tuple(attention.shape) == model.image_grid(processor.image_geometry(64, 64).size)
         assert float(attention.sum()) == pytest.approx(1, abs=1e-4) and (attention >= 0).all()
-    assert answer.picture.size == picture.size
+    assert answer.image.size == picture.size
 
 
 def test_the_answer_is_what_generation_says(model, processor, picture):
@@ -49,10 +48,28 @@ def test_maps_are_of_the_blocks_and_heads_that_were_aligned(make_model, processo
     # Tokens are bytes: the last one of the question stands before the end of the turn.
     last = inputs["input_ids"].shape[1] - 2
     with torch.no_grad():
-        maps = model(**inputs, cross_attention_rows=torch.tensor([[0, last]])).cross_attention_maps
+        maps = model(**inputs, cross_attention_queries=torch.tensor([[0, last]])).cross_attention_maps
     word, attention = answer.words[0]
     assert word == "circle"
     torch.testing.assert_close(attention.flatten(), maps[1][0, 3], rtol=1e-4, atol=1e-5)
+
+
+def test_a_word_of_the_answer_has_the_map_of_the_query_that_chose_it(make_model, processor, picture):
+    model = make_model()
+    said = processor.tokenizer("dog", add_special_tokens=False)["input_ids"]
+    # Says the same whatever it sees: the tokens of `said`, one after the other.
+    answers = iter(said)
+    model.generation_config.eos_token_id = None
+    generate = model.generate
+    model.generate = lambda **kw: generate(**kw, prefix_allowed_tokens_fn=lambda *_: [next(answers)])
+    answer = ask(model, processor, picture, "is it", max_new_tokens=len(said))
+    assert answer.text == "dog" and [word for word, _ in answer.words] == ["dog"]
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "is it"}]}
+    text = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+    inputs = processor(images=[picture], text=[text], return_tensors="pt", add_special_tokens=False)
+    with torch.no_grad():
+        expected = model.attention_maps(torch.tensor([[0, inputs["input_ids"].shape[1] - 1]]), **inputs)[0]
+    torch.testing.assert_close(answer.words[0][1], expected, rtol=1e-3, atol=1e-5)
 
 
 def test_a_sheet_is_painted_and_can_be_written(model, processor, picture, tmp_path):
@@ -77,7 +94,7 @@ def test_pictures_of_every_kind(model, processor, picture, tmp_path, kind):
         "tensor": torch.from_numpy(np.array(picture)).permute(2, 0, 1),
     }[kind]
     answer, expected = (ask(model, processor, each, "a dog?", max_new_tokens=2) for each in (given, picture))
-    assert answer.text == expected.text and np.array_equal(answer.picture, expected.picture)
+    assert answer.text == expected.text and np.array_equal(answer.image, expected.image)
     assert torch.equal(answer.words[0][1], expected.words[0][1])
 
 

@@ -14,8 +14,8 @@ from age_vlm.commands.run_files import last_checkpoint
 from age_vlm.commands.run_folder import check_run_folder, check_same_recipe, run_folder
 from age_vlm.commands.sources import load_source
 from age_vlm.data.scenes_tokenizer import build_scenes_tokenizer
+from age_vlm.modeling_agevlm.components_agevlm import COMPONENTS, component_of
 from age_vlm.training import AlignmentConfig
-from age_vlm.training.components import PARTS, part_of
 from age_vlm.training.loss_watch import BAD_BATCHES
 
 
@@ -90,8 +90,8 @@ def test_a_frozen_language_model_stays_the_llama_it_was(backbones, source, tmp_p
 
 def test_every_parameter_belongs_to_one_part(make_model):
     model, trained = make_model(), {}
-    for part in PARTS:
-        modes = {other: "full" if other == part else "frozen" for other in PARTS}
+    for part in COMPONENTS:
+        modes = {other: "full" if other == part else "frozen" for other in COMPONENTS}
         assert set_trainable(model, TrainingRecipe(**modes)) is None
         trained[part] = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         assert trained[part]
@@ -236,13 +236,13 @@ def test_what_is_frozen_full_or_adapted(make_model):
         model, TrainingRecipe(vision="frozen", cross_attention="lora", language_model="lora", lora=LoraRecipe(rank=2))
     )
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert not any(part_of(name) == "vision" for name in trained)
-    projector = {name for name in names if part_of(name) == "projector"}
+    assert not any(component_of(name) == "vision" for name in trained)
+    projector = {name for name in names if component_of(name) == "projector"}
     assert projector <= trained
     rest = trained - projector
     gates = {name for name in rest if ".modules_to_save." in name}
     assert len(gates) == 4 and all("_gate." in name for name in gates)
-    assert {part_of(name) for name in rest - gates} == {"cross_attention", "language_model"}
+    assert {component_of(name) for name in rest - gates} == {"cross_attention", "language_model"}
     assert all(".lora_" in name for name in rest - gates)
     merged = adapted.merge_and_unload()
     assert merged is model and [name for name, _ in model.named_parameters()] == names

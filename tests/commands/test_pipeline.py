@@ -5,7 +5,7 @@ import torch
 
 from age_vlm.commands.pipeline import load_stages, run_stages
 from age_vlm.commands.recipe import load_recipe
-from age_vlm.training.components import PARTS
+from age_vlm.modeling_agevlm.components_agevlm import COMPONENTS
 
 
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
@@ -39,9 +39,9 @@ def folder(tmp_path):
 def test_the_stages_of_the_1b_model_are_those_of_the_paper():
     stages = load_stages(RECIPES / "age-vlm-1b", [f"{key}={value}" for key, value in PATHS.items()])
     assert list(stages) == ["stage1", "stage2", "stage3", "stage4"]
-    trained = [{part for part in PARTS if recipe.training.modes[part] != "frozen"} for recipe in stages.values()]
+    trained = [{part for part in COMPONENTS if recipe.training.modes[part] != "frozen"} for recipe in stages.values()]
     assert trained[0] == trained[1] == {"projector", "cross_attention"}
-    assert trained[2] == {*trained[0], "vision"} and trained[3] == set(PARTS)
+    assert trained[2] == {*trained[0], "vision"} and trained[3] == set(COMPONENTS)
     assert [recipe.alignment.weight > 0 for recipe in stages.values()] == [False, True, True, True]
     assert stages["stage4"].training.language_model == "lora"
     for number, (name, recipe) in enumerate(stages.items(), start=1):

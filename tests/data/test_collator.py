@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from age_vlm.data.collator import GROUNDING_KEYS, AgeVlmCollator, token_grid_size
+from age_vlm.data.collator import GROUNDING_KEYS, AgeVlmCollator
 from age_vlm.data.schema import assistant_message, grounding, message_text, user_message
-from age_vlm.evaluation.attention import picture_attention
+from age_vlm.modeling_agevlm.attention_maps_agevlm import attention_on_images
 from age_vlm.processing import AgeVlmProcessor
 from age_vlm.training import AlignmentConfig
 from age_vlm.training.alignment import alignment_losses
@@ -53,7 +53,7 @@ TALK = turns(("is there a dog?", "yes"), ("and a big cat?", "no, none"), ("what 
 
 @pytest.fixture(scope="module")
 def grid(model, processor):
-    return token_grid_size(model, processor)
+    return model.image_grid(processor.image_geometry(64, 64).size)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def make_collator(processor, grid):
 
 def aligned(processor, batch):
     """(row, position, slot) of each aligned token, and the character it stands for."""
-    rows = batch["grounding_rows"].tolist()
+    rows = batch["grounding_queries"].tolist()
     slots = batch["grounding_slots"].tolist()
     texts = [processor.tokenizer.decode([batch["input_ids"][row, place]]) for row, place in rows]
     return [(row, place, slot) for (row, place), slot in zip(rows, slots)], texts
@@ -72,7 +72,7 @@ def aligned(processor, batch):
 def test_the_grid_is_that_of_the_model_whatever_the_picture(model, processor, grid):
     for size in ((32, 32), (90, 11)):
         inputs = processor(images=[picture(0, size)], text=[processor.image_token], return_tensors="pt")
-        outputs = model(**inputs, cross_attention_rows=torch.tensor([[0, 1]]))
+        outputs = model(**inputs, cross_attention_queries=torch.tensor([[0, 1]]))
         assert outputs.cross_attention_maps[0].shape[-1] == grid[0] * grid[1]
 
 
@@ -104,7 +104,7 @@ def test_one_chat_is_what_the_processor_makes_of_it(processor, make_collator):
     expected = processor(images=[picture(0, (50, 20))], text=[text], return_tensors="pt", add_special_tokens=False)
     for name in ("input_ids", "attention_mask", "pixel_values"):
         assert torch.equal(batch[name], expected[name]), name
-    assert "image_indices" not in batch and "grounding_rows" not in batch
+    assert "image_indices" not in batch and "grounding_queries" not in batch
 
 
 def test_pixels_and_masks_follow_the_exif_rotation(tmp_path, processor, make_collator):
@@ -149,12 +149,12 @@ def test_the_last_or_every_token_of_a_phrase_is_aligned(processor, make_collator
     talk = sample(TALK, [picture(0)], [phrase(TALK, 2, "big cat"), phrase(TALK, 5, "red car")])
     (first, second), texts = aligned(processor, make_collator(independent_turns=True)([talk]))
     assert texts == ["t", "r"] and first[0] == second[0] == 0
-    batch = make_collator(phrase_rows="all")([talk])
+    batch = make_collator(phrase_queries="all")([talk])
     places, texts = aligned(processor, batch)
     assert "".join(texts) == "big catred car"
     assert batch["grounding_coverage"].shape[0] == len(places)
-    with pytest.raises(ValueError, match="phrase_rows: got 'first'"):
-        make_collator(phrase_rows="first")
+    with pytest.raises(ValueError, match="phrase_queries: got 'first'"):
+        make_collator(phrase_queries="first")
 
 
 def test_masks_of_one_phrase_are_one_mask(make_collator):
@@ -213,10 +213,10 @@ def test_slots_of_several_pictures_are_those_the_model_shows(make_model, process
         [sample(turns(("hm?", "no"), images=0), []), sample(MANY, [picture(0), picture(1)], groundings)]
     )
     assert batch["grounding_slots"].tolist() == [0, 1, 0]
-    rows = batch.pop("grounding_rows")
+    rows = batch.pop("grounding_queries")
     tokens = batch.pop("grounding_coverage").shape[-1]
     slots = batch.pop("grounding_slots")
-    maps = model(**batch, cross_attention_rows=rows).cross_attention_maps
+    maps = model(**batch, cross_attention_queries=rows).cross_attention_maps
     mass = [maps[0][:, :, slot * tokens : (slot + 1) * tokens].sum(-1) for slot in (0, 1)]
     assert mass[1][0].eq(0).all() and mass[0][0].gt(0.99).all()  # "a dog" stands before the second picture
     for row, slot in zip((1, 2), slots[1:]):
@@ -229,7 +229,7 @@ def test_a_phrase_is_only_aligned_with_a_picture_that_it_sees(make_collator):
     pictures = [picture(0), picture(1)]
     for visibility, count in (("latest", 0), ("all_previous", 1)):
         batch = make_collator(image_visibility=visibility)([sample(MANY, pictures, [later, earlier])])
-        assert len(batch.get("grounding_rows", ())) == count
+        assert len(batch.get("grounding_queries", ())) == count
 
 
 def test_a_later_question_sees_all_pictures_before_or_its_own(make_collator):
@@ -255,7 +255,7 @@ def test_batches_without_masks_or_pictures(model, make_collator):
     for independent in (False, True):
         collator = make_collator(independent_turns=independent)
         batch = collator([sample(turns(("hi", "hello"), images=0), []), sample(turns(("hi?", "x"), images=0), [])])
-        assert not {"pixel_values", "grounding_rows", "image_indices"} & set(batch)
+        assert not {"pixel_values", "grounding_queries", "image_indices"} & set(batch)
         assert torch.isfinite(model(**batch, use_cache=False).loss)
         mixed = collator(
             [
@@ -264,8 +264,8 @@ def test_batches_without_masks_or_pictures(model, make_collator):
                 sample(TALK, [picture(1)], [phrase(TALK, 0, "dog")]),
             ]
         )
-        assert mixed["grounding_rows"].shape == (1, 2) and mixed["grounding_rows"][0, 0] == 2
-        grounding_keys = ("grounding_rows", "grounding_slots", "grounding_coverage")
+        assert mixed["grounding_queries"].shape == (1, 2) and mixed["grounding_queries"][0, 0] == 2
+        grounding_keys = ("grounding_queries", "grounding_slots", "grounding_coverage")
         inputs = {key: value for key, value in mixed.items() if key not in grounding_keys}
         assert torch.isfinite(model(**inputs, use_cache=False).loss)
 
@@ -279,7 +279,7 @@ def test_a_message_without_a_question_is_one_text(make_collator):
 def test_a_mask_of_nothing_aligns_nothing(make_collator):
     empty = phrase(TALK, 0, "dog", mask=np.zeros((SIDE, SIDE), bool))
     batch = make_collator()([sample(TALK, [picture(0)], [empty])])
-    assert "grounding_rows" not in batch
+    assert "grounding_queries" not in batch
 
 
 def test_a_phrase_that_still_has_no_mask_is_refused(make_collator):
@@ -297,13 +297,13 @@ def test_a_phrase_that_still_has_no_mask_is_refused(make_collator):
 def test_truncation_keeps_pictures_and_drops_groundings_that_it_cuts_off(make_collator):
     groundings = [phrase(TALK, 0, "dog"), phrase(TALK, 5, "red car")]
     whole = make_collator()([sample(TALK, [picture(0)], groundings)])
-    (_, early), (_, late) = whole["grounding_rows"].tolist()
+    (_, early), (_, late) = whole["grounding_queries"].tolist()
     for length, kept in ((late + 1, 2), (late, 1)):
         talk = sample(TALK, [picture(0)], groundings)
         batch = make_collator(max_length=length)([talk, sample(TALK, [picture(1)], groundings[:1], name="b")])
         assert batch["input_ids"].shape[1] == length
         assert torch.equal(batch["input_ids"][0], whole["input_ids"][0, :length])
-        rows = batch["grounding_rows"][:, 0].tolist() if "grounding_rows" in batch else []
+        rows = batch["grounding_queries"][:, 0].tolist() if "grounding_queries" in batch else []
         assert rows.count(0) == kept and rows.count(1) == min(kept, 1)
     with pytest.raises(ValueError, match="max_length: sample 'one' has .* a picture after token"):
         make_collator(max_length=3)([sample(TALK, [picture(0)])])
@@ -362,7 +362,9 @@ def test_a_bad_sample_is_refused_in_one_sentence(make_collator, change, words):
 
 
 def test_a_collator_can_be_sent_to_another_process(make_collator):
-    collator = make_collator(independent_turns=True, phrase_rows="all", max_length=400, packing=True, pack_length=500)
+    collator = make_collator(
+        independent_turns=True, phrase_queries="all", max_length=400, packing=True, pack_length=500
+    )
     talk = sample(TALK, [picture(0)], [phrase(TALK, 0, "dog")])
     received = pickle.loads(pickle.dumps(collator))
     for name, value in collator([talk]).items():
@@ -401,12 +403,12 @@ def losses_and_gradients(model, batch):
     if "pixel_values" in batch:
         batch["pixel_values"] = batch["pixel_values"].double()
     outputs = model(
-        **batch, num_items_in_batch=1, use_cache=False, cross_attention_rows=groundings.get("grounding_rows")
+        **batch, num_items_in_batch=1, use_cache=False, cross_attention_queries=groundings.get("grounding_queries")
     )
     aligned = outputs.loss.new_zeros(0)
     if groundings:
         coverage = groundings["grounding_coverage"].double()
-        attention = picture_attention(
+        attention = attention_on_images(
             outputs.cross_attention_maps, groundings["grounding_slots"], coverage.shape[-1], [0, 1]
         )
         aligned = alignment_losses(attention.double(), coverage, AlignmentConfig(layers=[0, 1]))
@@ -420,7 +422,7 @@ def losses_and_gradients(model, batch):
 @pytest.mark.parametrize("visibility", ["latest", "all_previous"])
 def test_packed_samples_learn_exactly_what_each_alone_would(make_model, make_collator, visibility, independent, length):
     model = make_model(image_visibility=visibility, dtype=torch.float64)
-    options = {"independent_turns": independent, "image_visibility": visibility, "phrase_rows": "all"}
+    options = {"independent_turns": independent, "image_visibility": visibility, "phrase_queries": "all"}
     samples = uneven()
     batch = make_collator(packing=True, pack_length=length, **options)(samples)
     assert batch["input_ids"].shape[0] < len(samples)
@@ -471,7 +473,7 @@ def test_a_packed_sample_is_cut_and_refused_like_any(make_collator):
     long = sample(TALK, [picture(0)], [phrase(TALK, 5, "red car")], "long")
     whole = make_collator()([long])["input_ids"].shape[1]
     batch = make_collator(packing=True, max_length=whole - 30, pack_length=whole)([long, flat(0), flat(1)])
-    assert batch["position_ids"].max() < whole - 30 and len(batch["grounding_rows"]) == 2
+    assert batch["position_ids"].max() < whole - 30 and len(batch["grounding_queries"]) == 2
     with pytest.raises(ValueError, match="max_length: sample 'long' has .* a picture after token"):
         make_collator(packing=True, max_length=3)([long])
 

@@ -7,7 +7,6 @@ import torch
 from age_vlm.commands.build import build_model
 from age_vlm.commands.recipe import DataRecipe, ModelRecipe
 from age_vlm.commands.sources import load_source
-from age_vlm.data.collator import token_grid_size
 from age_vlm.data.scene_datasets import scene_items
 from age_vlm.evaluation.answers import generate_answers, yes_scores
 from age_vlm.evaluation.benchmark import answer_metrics, grounding_metrics, presence_metrics, split_items
@@ -54,10 +53,9 @@ def test_figures_are_those_of_the_answers(tiny, items):
 
 def test_grounding_figures_are_of_the_aligned_blocks_and_heads(tiny, items):
     model, processor = tiny
-    grid = token_grid_size(model, processor)
-    phrases = phrase_attention(model, processor, items, grid)
+    phrases = phrase_attention(model, processor, items)
     for layers, heads, chosen in (([0], "half", [0, 1]), ([0, 1], "all", [0, 1, 2, 3]), ([1], [2], [2])):
-        metrics = grounding_metrics(model, processor, items, grid, AlignmentConfig(layers=layers, heads=heads))
+        metrics = grounding_metrics(model, processor, items, AlignmentConfig(layers=layers, heads=heads))
         mass, hits = phrases.scores(layers, chosen)
         assert metrics == {"attention_mass": float(mass.mean()), "pointing_accuracy": float(hits.mean())}
 

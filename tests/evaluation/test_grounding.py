@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from age_vlm.data.collator import AgeVlmCollator, token_grid_size
+from age_vlm.data.collator import AgeVlmCollator
 from age_vlm.data.questions import EvaluationItem
 from age_vlm.data.scene_datasets import scene_items
 from age_vlm.data.schema import message_text, validate_sample
@@ -34,8 +34,8 @@ def test_samples_are_the_questions_about_what_can_be_seen(items):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_attention_is_that_of_each_phrase_alone(model, processor, items, batch_size):
-    grid = token_grid_size(model, processor)
-    phrases = phrase_attention(model, processor, items, grid, batch_size=batch_size)
+    grid = model.image_grid(processor.image_geometry(64, 64).size)
+    phrases = phrase_attention(model, processor, items, batch_size=batch_size)
     samples, questions = phrase_samples(items)
     blocks, heads = 2, model.config.text_config.num_attention_heads
     assert phrases.attention.shape == (len(samples), blocks, heads, grid[0] * grid[1])
@@ -44,16 +44,16 @@ def test_attention_is_that_of_each_phrase_alone(model, processor, items, batch_s
     collator = AgeVlmCollator(processor, grid)
     for number, sample in enumerate(samples):
         batch = collator([sample])
-        rows, coverage = batch.pop("grounding_rows"), batch.pop("grounding_coverage")
+        rows, coverage = batch.pop("grounding_queries"), batch.pop("grounding_coverage")
         del batch["grounding_slots"], batch["labels"]
         with torch.no_grad():
-            maps = model(**batch, cross_attention_rows=rows).cross_attention_maps
+            maps = model(**batch, cross_attention_queries=rows).cross_attention_maps
         torch.testing.assert_close(phrases.attention[number], torch.cat(maps), rtol=1e-4, atol=1e-5)
         assert torch.equal(phrases.coverage[number], coverage[0])
 
 
 def test_scores_are_of_the_mean_over_blocks_and_heads(model, processor, items):
-    phrases = phrase_attention(model, processor, items, token_grid_size(model, processor))
+    phrases = phrase_attention(model, processor, items)
     mass, hits = phrases.scores([1], [0, 3])
     attention = phrases.attention[:, 1, [0, 3]].mean(1)
     torch.testing.assert_close(mass, (attention * phrases.coverage).sum(-1))
@@ -68,4 +68,4 @@ def test_scores_are_of_the_mean_over_blocks_and_heads(model, processor, items):
 def test_nothing_to_point_at_is_one_sentence(model, processor, items):
     absent = tuple(question for question in items[0].questions if question.mask is None)
     with pytest.raises(ValueError, match="^items: got no question whose phrase has a mask"):
-        phrase_attention(model, processor, [EvaluationItem("a", items[0].image, absent)], (8, 8))
+        phrase_attention(model, processor, [EvaluationItem("a", items[0].image, absent)])

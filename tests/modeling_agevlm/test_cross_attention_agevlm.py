@@ -30,7 +30,7 @@ def test_maps_are_computed_in_float32(dtype):
 def test_maps_of_a_model_in_half_precision_are_float32(make_model, make_batch, dtype):
     batch = make_batch((1, 2))
     model = make_model().to(dtype)
-    maps = model(**batch, cross_attention_rows=torch.tensor([[0, 13]])).cross_attention_maps
+    maps = model(**batch, cross_attention_queries=torch.tensor([[0, 13]])).cross_attention_maps
     assert all(each.dtype == torch.float32 for each in maps)
     torch.testing.assert_close(maps[0].sum(-1), torch.ones(1, 4), rtol=1e-5, atol=1e-5)
 

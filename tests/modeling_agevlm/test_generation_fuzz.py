@@ -111,6 +111,9 @@ def draw(seed: int) -> SimpleNamespace:
                 tokens.insert(generator.randint(0, len(tokens)), IMAGE_TOKEN_ID)
             row.append((tokens, pictures))
         case.rows.append(row)
+    named = ([picture for _, pictures in row for picture in pictures] for row in case.rows)
+    if case.visibility == "all_previous" and any(len(set(row)) < len(row) for row in named):
+        case.pictures = "pixels"  # shared ones are refused where a text names one twice
     return case
 
 

@@ -8,10 +8,10 @@ from torch.utils import _pytree as pytree
 
 from age_vlm.modeling_agevlm.cache_agevlm import NO_IMAGE
 from age_vlm.modeling_agevlm.image_masks_agevlm import (
+    group_images_by_row,
     packed_starts,
-    place_images,
-    places_to_slots,
-    visible_places,
+    visible_images,
+    visible_slots,
 )
 
 
@@ -57,27 +57,27 @@ def test_each_token_sees_what_the_definition_says(text, visibility, sharing, dat
     is_image = torch.tensor([[image is not None for _, image in row] for row in rows])
     position_ids = torch.tensor([[position for position, _ in row] for row in rows])
     shared = data.draw(st.lists(st.integers(0, 2), min_size=pictures, max_size=pictures)) if sharing else None
-    placed = place_images(is_image, None if shared is None else torch.tensor(shared))
+    placed = group_images_by_row(is_image, None if shared is None else torch.tensor(shared))
     starts = packed_starts(position_ids, len(rows))
-    visible = visible_places(placed.positions, torch.arange(is_image.shape[1]), visibility, starts)
-    copies = placed.unshared()
-    copies_visible = visible
-    if placed.slots is not None:
-        visible = places_to_slots(visible, placed.slots, placed.index.shape[1])
+    visible = visible_images(placed.positions, torch.arange(is_image.shape[1]), visibility, starts)
     expected = seen(rows, visibility, shared)
-    for index, mask in ((placed.index, visible), (copies.index, copies_visible)):
-        for row in range(len(rows)):
-            for token in range(is_image.shape[1]):
-                times = mask[row, token].long()
-                got = index[row].repeat_interleave(times).tolist()
-                assert Counter(got) == expected[row][token]
+    if placed.slots is not None:
+        if any(times > 1 for row in expected for counts in row for times in counts.values()):
+            with pytest.raises(ValueError, match="^image_indices: got one image for two image tokens of a text"):
+                visible_slots(visible, placed.slots, placed.index.shape[1])
+            return
+        visible = visible_slots(visible, placed.slots, placed.index.shape[1])
+    for row in range(len(rows)):
+        for token in range(is_image.shape[1]):
+            got = placed.index[row][visible[row, token]].tolist()
+            assert Counter(got) == expected[row][token]
     for row in range(len(rows)):
         slots = [slot for slot in placed.index[row].tolist() if slot >= 0]
         assert len(slots) == len(set(slots)), "a picture is encoded into keys once"
 
 
 def test_offset_moves_new_pictures_behind_the_cached_text():
-    placed = place_images(torch.tensor([[False, True], [False, False]]), offset=7)
+    placed = group_images_by_row(torch.tensor([[False, True], [False, False]]), offset=7)
     assert placed.positions.tolist() == [[8], [NO_IMAGE]]
     assert placed.index.tolist() == [[0], [-1]]
 
@@ -90,7 +90,7 @@ def test_positions_without_a_batch_dimension_are_every_row_s(batch):
 
 def test_placed_pictures_can_be_exported():
     """`torch.export` takes the tensors out, writes down what is left, and puts them back."""
-    placed = place_images(torch.tensor([[True, False, True], [False, True, False]]))
+    placed = group_images_by_row(torch.tensor([[True, False, True], [False, True, False]]))
     tensors, rest = pytree.tree_flatten(placed)
     assert len(tensors) == 2 and all(isinstance(tensor, torch.Tensor) for tensor in tensors)
     again = pytree.tree_unflatten(tensors, pytree.treespec_loads(pytree.treespec_dumps(rest)))

@@ -131,7 +131,7 @@ def test_only_the_latest_picture_counts(model, make_model, looks):
         (latest, [[], [0], [0], [0], [1], [1]]),
         (all_previous, [[], [0], [0], [0], [0, 1], [0, 1]]),
     ):
-        for maps in model(ids, pixels, cross_attention_rows=rows).cross_attention_maps:
+        for maps in model(ids, pixels, cross_attention_queries=rows).cross_attention_maps:
             mass = maps.unflatten(-1, (2, -1)).sum(-1)
             got = [sorted(set((row > 0).any(0).nonzero().flatten().tolist())) for row in mass]
             assert got == expected
@@ -218,11 +218,18 @@ def test_a_shared_picture_is_its_copies(make_model, make_batch, looks, visibilit
     model = make_model(image_visibility=visibility, attention=attention)
     # In the first row one picture is named twice beside another one.
     batch = make_batch((3, 0, 2))
-    pixels = batch.pop("pixel_values")[:2]
-    shared = torch.tensor([0, 1, 0, 1, 1])
+    model_pixels = batch.pop("pixel_values")[:3]
+    pixels, shared = model_pixels[:2], torch.tensor([0, 1, 0, 1, 1])
     rows = torch.tensor([[row, batch["input_ids"].shape[1] - 1] for row in range(3)])
-    expected = model(**batch, pixel_values=pixels[shared], cross_attention_rows=rows)
-    got = model(**batch, pixel_values=pixels, image_indices=shared, use_cache=use_cache, cross_attention_rows=rows)
+    if visibility == "all_previous" and not use_cache:
+        # Its tokens would count once where they are two; a cache has an image for each token.
+        with pytest.raises(
+            ValueError, match="^image_indices: got one image for two image tokens of a text, expected cop"
+        ):
+            model(**batch, pixel_values=pixels, image_indices=shared, use_cache=use_cache)
+        pixels, shared = model_pixels, torch.tensor([0, 1, 2, 0, 1])
+    expected = model(**batch, pixel_values=pixels[shared], cross_attention_queries=rows)
+    got = model(**batch, pixel_values=pixels, image_indices=shared, use_cache=use_cache, cross_attention_queries=rows)
     close(got.logits, expected.logits)
     for mine, copies in zip(got.cross_attention_maps, expected.cross_attention_maps):
         # Whichever of its copies they fall on, the attention on each place of a picture is the same.
@@ -280,7 +287,7 @@ def test_maps_are_the_full_attention_s_rows_under_every_backend(make_model, make
     batch = make_batch((2, 0, 1))
     rows = torch.tensor([[row, position] for row in range(3) for position in range(batch["input_ids"].shape[1])])
     eager = make_model(attention="eager", image_visibility=visibility)
-    outputs = eager(**batch, cross_attention_rows=rows, output_attentions=True)
+    outputs = eager(**batch, cross_attention_queries=rows, output_attentions=True)
     assert len(outputs.cross_attentions) == len(outputs.cross_attention_maps) == 2
     assert len(outputs.attentions) == eager.config.text_config.num_hidden_layers
     sees = torch.zeros(batch["input_ids"].shape, dtype=torch.bool)
@@ -295,7 +302,7 @@ def test_maps_are_the_full_attention_s_rows_under_every_backend(make_model, make
     # Flex attention compiles for half a minute: once is enough.
     for attention in ("sdpa", "flex_attention") if visibility == "latest" else ("sdpa",):
         other = make_model(attention=attention, image_visibility=visibility)
-        got = other(**batch, cross_attention_rows=rows)
+        got = other(**batch, cross_attention_queries=rows)
         close(got.logits[batch["attention_mask"].bool()], outputs.logits[batch["attention_mask"].bool()])
         for first, second in zip(got.cross_attention_maps, outputs.cross_attention_maps):
             close(first[batch["attention_mask"].flatten().bool()], second[batch["attention_mask"].flatten().bool()])
@@ -305,7 +312,7 @@ def test_maps_are_the_full_attention_s_rows_under_every_backend(make_model, make
 def test_asking_for_maps_changes_nothing_else(model, make_batch):
     batch = make_batch((2, 0, 1))
     rows = torch.tensor([[0, 3], [2, 5]])
-    assert torch.equal(model(**batch, cross_attention_rows=rows).logits, model(**batch).logits)
+    assert torch.equal(model(**batch, cross_attention_queries=rows).logits, model(**batch).logits)
 
 
 # Gradients and loss
@@ -326,7 +333,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(make_model, make_batch,
             assert model.model.language_model.layers[1].gradient_checkpointing
             if use_reentrant:
                 model.enable_input_require_grads()
-        outputs = model(**batch, labels=batch["input_ids"], cross_attention_rows=rows)
+        outputs = model(**batch, labels=batch["input_ids"], cross_attention_queries=rows)
         # Another weight for each image token, or softmax would make the sum a constant.
         weight = torch.arange(outputs.cross_attention_maps[0].shape[-1])
         loss = outputs.loss + sum((maps * weight).mean() for maps in outputs.cross_attention_maps)
@@ -489,10 +496,19 @@ def test_the_common_tests_of_transformers_leave_nothing_out(model_class):
         (lambda b: {"image_indices": torch.tensor([0])}, ["image_indices", "1", "3 image tokens"]),
         (lambda b: {"image_indices": torch.tensor([0, 1, 3])}, ["image_indices", "3", "3 images"]),
         (lambda b: {"image_indices": torch.tensor([0, -1, 1])}, ["image_indices", "-1", "3 images"]),
-        (lambda b: {"cross_attention_rows": torch.tensor([[0, 14]])}, ["cross_attention_rows", "[0, 14]", "3 x 14"]),
-        (lambda b: {"cross_attention_rows": torch.tensor([[3, 0]])}, ["cross_attention_rows", "[3, 0]", "3 x 14"]),
-        (lambda b: {"cross_attention_rows": torch.tensor([[0, -1]])}, ["cross_attention_rows", "[0, -1]", "3 x 14"]),
-        (lambda b: {"cross_attention_rows": torch.tensor([0, 1])}, ["cross_attention_rows", "(2,)", "(maps, 2)"]),
+        (
+            lambda b: {"cross_attention_queries": torch.tensor([[0, 14]])},
+            ["cross_attention_queries", "[0, 14]", "3 x 14"],
+        ),
+        (
+            lambda b: {"cross_attention_queries": torch.tensor([[3, 0]])},
+            ["cross_attention_queries", "[3, 0]", "3 x 14"],
+        ),
+        (
+            lambda b: {"cross_attention_queries": torch.tensor([[0, -1]])},
+            ["cross_attention_queries", "[0, -1]", "3 x 14"],
+        ),
+        (lambda b: {"cross_attention_queries": torch.tensor([0, 1])}, ["cross_attention_queries", "(2,)", "(maps, 2)"]),
         (lambda b: {"inputs_embeds": torch.zeros(3, 14, 32)}, ["input_ids", "inputs_embeds", "exactly one"]),
         (lambda b: {"mm_encoder_outputs": {"image": object()}}, ["pixel_values", "mm_encoder_outputs", "both"]),
     ],

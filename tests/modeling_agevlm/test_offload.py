@@ -62,7 +62,7 @@ def saved(make_model, tmp_path_factory):
 @torch.no_grad()
 def assert_same(offloaded, model, batch):
     rows = torch.tensor([[0, batch["input_ids"].shape[1] - 1]])
-    got, expected = (one(**batch, cross_attention_rows=rows) for one in (offloaded, model))
+    got, expected = (one(**batch, cross_attention_queries=rows) for one in (offloaded, model))
     assert torch.equal(got.logits, expected.logits)
     assert all(map(torch.equal, got.cross_attention_maps, expected.cross_attention_maps))
     for options in (GREEDY, GREEDY | {"num_beams": 2}):

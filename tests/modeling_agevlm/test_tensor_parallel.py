@@ -42,10 +42,10 @@ RANKS = textwrap.dedent(
         )
         attention = model.model.language_model.layers[1].cross_attention.attn
         with torch.no_grad():
-            outputs = model(**job["batch"], use_cache=True, cross_attention_rows=job["rows"])
+            outputs = model(**job["batch"], use_cache=True, cross_attention_queries=job["rows"])
             answers = [model.generate(**job["batch"], **options) for options in job["options"]]
         outputs_in_training = model.train()(
-            **job["batch"], labels=job["batch"]["input_ids"], cross_attention_rows=job["rows"]
+            **job["batch"], labels=job["batch"]["input_ids"], cross_attention_queries=job["rows"]
         )
         # Of one head, which one process has.
         (outputs_in_training.loss + (outputs_in_training.cross_attention_maps[1][:, 3] * job["target"]).sum()).backward()
@@ -84,7 +84,7 @@ def test_two_processes_are_one_model(make_model, make_batch, tmp_path):
     rows = torch.tensor([[0, 13], [2, 13]])
     options = [GREEDY, GREEDY | {"num_beams": 2}]
     model.save_pretrained(tmp_path / "model")
-    target = 10 * torch.rand(2, model(**batch, cross_attention_rows=rows).cross_attention_maps[1].shape[-1])
+    target = 10 * torch.rand(2, model(**batch, cross_attention_queries=rows).cross_attention_maps[1].shape[-1])
     torch.save({"batch": batch, "rows": rows, "options": options, "target": target}, tmp_path / "job.pt")
     (tmp_path / "ranks.py").write_text(RANKS)
     with socket.socket() as free:
@@ -97,7 +97,7 @@ def test_two_processes_are_one_model(make_model, make_batch, tmp_path):
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
 
     with torch.no_grad():
-        alone = model(**batch, use_cache=True, cross_attention_rows=rows)
+        alone = model(**batch, use_cache=True, cross_attention_queries=rows)
     assert first["local"] == (16, 32), "half of the rows of the query matrix"
     halves = torch.cat([first["image_keys"], second["image_keys"]], dim=1)
     torch.testing.assert_close(halves, alone.cache.layers[1].image_keys, atol=1e-5, rtol=1e-4)
@@ -109,7 +109,7 @@ def test_two_processes_are_one_model(make_model, make_batch, tmp_path):
         for whole, ours in zip(alone.cross_attention_maps, rank["maps"], strict=True):
             torch.testing.assert_close(ours, whole, atol=1e-5, rtol=1e-4)
 
-    outputs = model.train()(**batch, labels=batch["input_ids"], cross_attention_rows=rows)
+    outputs = model.train()(**batch, labels=batch["input_ids"], cross_attention_queries=rows)
     (outputs.loss + (outputs.cross_attention_maps[1][:, 3] * target).sum()).backward()
     for name, parameter in model.named_parameters():
         for rank in (first, second):

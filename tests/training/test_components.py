@@ -3,7 +3,8 @@ import copy
 import pytest
 from peft import get_peft_model
 
-from age_vlm.training.components import PARTS, count_parameters, part_of
+from age_vlm.modeling_agevlm.components_agevlm import COMPONENTS, component_of
+from age_vlm.training.components import count_parameters
 from age_vlm.training.lora import lora_config
 
 
@@ -23,13 +24,13 @@ from age_vlm.training.lora import lora_config
     ],
 )
 def test_a_name_says_its_part(name, part):
-    assert part_of(name) == part
+    assert component_of(name) == part
 
 
 def test_counts_are_of_every_parameter_once(make_model):
     model = make_model()
     counts = count_parameters(model)
-    assert list(counts) == list(PARTS) and sum(counts.values()) == model.num_parameters()
+    assert list(counts) == list(COMPONENTS) and sum(counts.values()) == model.num_parameters()
     model.model.vision_tower.requires_grad_(False)
     assert count_parameters(model, trainable=True) == {**counts, "vision": 0}
 
@@ -41,4 +42,4 @@ def test_peft_changes_no_part(make_model):
     trainable = count_parameters(adapted, trainable=True)
     assert trainable["vision"] == trainable["projector"] == 0
     assert min(trainable["cross_attention"], trainable["language_model"]) > 0
-    assert count_parameters(adapted) == {part: counts[part] + trainable[part] for part in PARTS}
+    assert count_parameters(adapted) == {part: counts[part] + trainable[part] for part in COMPONENTS}

@@ -21,7 +21,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from age_vlm import AgeVlmForConditionalGeneration
-from age_vlm.data.collator import AgeVlmCollator, token_grid_size
+from age_vlm.data.collator import AgeVlmCollator
 from age_vlm.data.schema import assistant_message, grounding, user_message
 from age_vlm.hub import load_checkpoint, save_checkpoint
 from age_vlm.modeling_agevlm.cross_attention_agevlm import AgeVlmCrossAttentionBlock, AgeVlmGate
@@ -368,7 +368,7 @@ RATE = 0.05
 @pytest.fixture
 def make_trainer(base, processor, tmp_path):
     """Model and settings -> a trainer of it on the same samples in the same order."""
-    collator = AgeVlmCollator(processor, token_grid_size(load(base), processor), independent_turns=True)
+    collator = AgeVlmCollator.from_model(load(base), processor, independent_turns=True)
 
     def make(model, steps=1, weight=0.7, **arguments):
         settings = {

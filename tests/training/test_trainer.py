@@ -15,12 +15,12 @@ from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, ge
 from PIL import Image
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from age_vlm.data.collator import GROUNDING_KEYS, AgeVlmCollator, token_grid_size
+from age_vlm.data.collator import GROUNDING_KEYS, AgeVlmCollator
 from age_vlm.data.schema import assistant_message, grounding, user_message
-from age_vlm.evaluation.attention import picture_attention
+from age_vlm.modeling_agevlm.attention_maps_agevlm import attention_on_images
+from age_vlm.modeling_agevlm.components_agevlm import component_of
 from age_vlm.training import AgeVlmTrainer, AlignmentConfig
 from age_vlm.training.alignment import alignment_losses
-from age_vlm.training.components import part_of
 from age_vlm.training.lora import lora_config
 from age_vlm.training.loss_watch import gradient_norm
 
@@ -58,7 +58,7 @@ TALKS = [talk(0, 3), talk(1, 0), talk(2, 1), talk(3, 0, images=0), talk(4, 2), t
 @pytest.fixture
 def make_trainer(make_model, processor, tmp_path):
     """Settings -> a trainer of the same model on the same samples in the same order."""
-    grid = token_grid_size(make_model(), processor)
+    grid = make_model().image_grid(processor.image_geometry(64, 64).size)
 
     def make(
         batch=8,
@@ -125,7 +125,7 @@ def losses_of(model, collator, talks):
         batch = collator([sample])
         grounding = {key: batch.pop(key) for key in GROUNDING_KEYS if key in batch}
         labels = batch["labels"]
-        outputs = model(**batch, cross_attention_rows=grounding.get("grounding_rows"), use_cache=False)
+        outputs = model(**batch, cross_attention_queries=grounding.get("grounding_queries"), use_cache=False)
         shifted = labels[:, 1:].flatten()
         total = total + torch.nn.functional.cross_entropy(
             outputs.logits[:, :-1].flatten(0, 1), shifted, reduction="sum"
@@ -133,7 +133,7 @@ def losses_of(model, collator, talks):
         tokens += int((shifted != -100).sum())
         if grounding:
             coverage = grounding["grounding_coverage"]
-            attention = picture_attention(
+            attention = attention_on_images(
                 outputs.cross_attention_maps, grounding["grounding_slots"], coverage.shape[-1], ALIGNMENT.layers
             )
             aligned.append(alignment_losses(attention, coverage, ALIGNMENT))
@@ -175,7 +175,7 @@ def test_attention_is_logged_as_it_is_measured(make_trainer):
     batch = trainer.data_collator(TALKS)
     grounding = {key: batch.pop(key) for key in GROUNDING_KEYS}
     with torch.no_grad():
-        maps = trainer.model(**batch, cross_attention_rows=grounding["grounding_rows"]).cross_attention_maps
+        maps = trainer.model(**batch, cross_attention_queries=grounding["grounding_queries"]).cross_attention_maps
     coverage = grounding["grounding_coverage"]
     # One picture a row: the map is its attention. Half of four heads, both blocks.
     attention = torch.stack(maps, 1)[:, :, :2].mean((1, 2))
@@ -277,13 +277,13 @@ def test_parts_have_their_own_rates_and_the_same_schedule(make_trainer):
     for group in trainer.optimizer.param_groups:
         for parameter in group["params"]:
             name = names[id(parameter)]
-            assert group["initial_lr"] == rates.get(part_of(name), SGD["learning_rate"]), name
+            assert group["initial_lr"] == rates.get(component_of(name), SGD["learning_rate"]), name
             assert group["lr"] == 0.0  # the end of the schedule
             assert group["weight_decay"] == (0.1 if name in kept else 0.0), name
             seen.add(name)
     assert seen == set(before)
     moved = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
-    assert {part_of(name) for name in moved} == {"projector", "cross_attention", "language_model"}
+    assert {component_of(name) for name in moved} == {"projector", "cross_attention", "language_model"}
 
 
 def test_columns_must_be_kept(make_trainer):
@@ -491,10 +491,10 @@ def test_virtual_tokens_do_not_move_what_is_aligned(make_trainer, make_model, ki
     everything = torch.cartesian_prod(torch.arange(3), torch.arange(batch["input_ids"].shape[1]))
     shift = 0 if kind == "prefix" else 5
     with torch.no_grad():
-        outputs = model.eval()(**batch, cross_attention_rows=everything + torch.tensor([0, shift]), use_cache=False)
+        outputs = model.eval()(**batch, cross_attention_queries=everything + torch.tensor([0, shift]), use_cache=False)
     maps = [each.unflatten(0, batch["input_ids"].shape) for each in outputs.cross_attention_maps]
-    rows = grounding["grounding_rows"]
-    attention = picture_attention(
+    rows = grounding["grounding_queries"]
+    attention = attention_on_images(
         [each[rows[:, 0], rows[:, 1]] for each in maps], grounding["grounding_slots"],
         grounding["grounding_coverage"].shape[-1], ALIGNMENT.layers,
     )  # fmt: skip
@@ -774,7 +774,10 @@ RANKS = textwrap.dedent(
             log = next(entry for entry in trainer.state.log_history if "loss" in entry or "event" in entry)
             results.append((log, dict(model.named_parameters())))
         if not poisoned:
-            for (talks, _), (log, _) in zip(cases, results):
+            for (talks, accumulation), (log, _) in zip(cases, results):
+                arguments = TrainingArguments(
+                    **settings, gradient_accumulation_steps=accumulation, use_cpu=True, ddp_backend="gloo"
+                )
                 model = AgeVlmForConditionalGeneration.from_pretrained(f"{folder}/model")
                 trainer = AgeVlmTrainer(
                     model, arguments, train_dataset=talks, data_collator=collator, alignment=alignment
@@ -783,6 +786,7 @@ RANKS = textwrap.dedent(
                 log |= trainer.evaluate(talks[:3])
                 try:
                     trainer.train()
+                    log["after_evaluation"] = dict(model.named_parameters())
                 except ValueError as error:
                     log["refused"] = str(error)
         if rank == 0:
@@ -836,7 +840,11 @@ def test_two_processes_train_as_one_where_one_has_neither_picture_nor_mask(make_
     results = trained_by_two(make_trainer(), cases, tmp_path)
     for (talks, accumulation), (log, weights) in zip(cases, results):
         alone = make_trainer(batch=2, accumulation=2 * accumulation, talks=talks)
-        assert log["refused"].startswith("train: got a model that was evaluated first")
+        # With some releases of accelerate a model that was evaluated is not averaged over processes when it trains then.
+        if "refused" in log:
+            assert log["refused"].startswith("train: got a model that was evaluated first")
+        else:
+            assert_same(log["after_evaluation"], weights, rtol=1e-6, atol=1e-7)
         figures = make_trainer().evaluate(talks[:3])
         for name in ("lm_loss", "alignment_loss", "attention_mass", "pointing_accuracy"):
             key = f"eval_{name}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,16 +13,13 @@ from torch import Tensor
 
 from ..analysis.overlay import overlay_sheet
 from ..data.chat import ChatEncoder
-from ..data.collator import token_grid_size
-from ..data.schema import assistant_message, user_message
+from ..data.schema import user_message
 from ..errors import UserError, checkpoint_errors
-from ..evaluation.answers import generate_texts
-from ..evaluation.attention import chosen_heads, picture_attention
+from ..evaluation.answers import answer_text, generate
 from ..hub import load_checkpoint
 from ..modeling_agevlm import AgeVlmForConditionalGeneration
 from ..processing import AgeVlmProcessor
 from ..processing.images_agevlm import load_rgb
-from ..training.alignment import AlignmentConfig
 
 
 # Words that name nothing in a picture.
@@ -37,75 +35,80 @@ class Answer:
     """
     Attributes:
         text: what the model said.
-        words: content words of question and answer in reading order, each with the attention (rows, columns) of the
-            model when it read the word; it sums to 1.
-        picture: the part of the picture that the model sees.
+        words: content words of question and answer in reading order, each with where the model looked, (rows, columns) of
+            weights that sum to 1, see `ask`.
+        image: the part of the image that the model sees.
     """
 
     text: str
     words: list[tuple[str, Tensor]]
-    picture: PIL.Image.Image
+    image: PIL.Image.Image
 
     def sheet(self, question: str | None = None) -> PIL.Image.Image:
         """The picture with the attention of each content word painted on it, under the question and the answer if given."""
-        return overlay_sheet(self.picture, self.words, title=question, answer=question and self.text)
+        return overlay_sheet(self.image, self.words, title=question, answer=question and self.text)
 
 
 @torch.inference_mode()
 def ask(
     model: AgeVlmForConditionalGeneration, processor: AgeVlmProcessor, image, question: str, *, max_new_tokens: int = 64
 ) -> Answer:
-    """Asks one question about one picture.
+    """Asks one question about one image.
 
-    The attention shown is that of the blocks and heads that were aligned in training, of the first half of the heads of
-    the first block where the model does not say.
+    The attention shown is that of the layers and heads that were aligned in training: for a word of the question when the
+    model had read it, for a word of the answer when the model chose its first token.
 
     Args:
         image: whatever the processor takes: path, URL, PIL image, array, tensor.
 
     Raises:
-        UserError: one sentence, for an empty question or a picture that cannot be read.
+        UserError: one sentence, for an empty question or an image that cannot be read.
     """
     if not question.strip():
         raise UserError("question: got an empty text, expected a question.")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens: got {max_new_tokens}, expected at least 1.")
     with checkpoint_errors():
-        picture = load_rgb(image)
-    if not isinstance(picture, PIL.Image.Image):
-        picture = PIL.Image.fromarray(picture.permute(1, 2, 0).to(torch.uint8).numpy())
+        image = load_rgb(image)
+    if not isinstance(image, PIL.Image.Image):
+        image = PIL.Image.fromarray(image.permute(1, 2, 0).to(torch.uint8).numpy())
     prompt = [user_message(question, images=1)]
     text = processor.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-    inputs = processor(images=picture, text=text, return_tensors="pt", add_special_tokens=False)
+    inputs = processor(images=image, text=text, return_tensors="pt", add_special_tokens=False)
     inputs.pop("token_type_ids", None)
     inputs = inputs.to(model.device)
-    answer = generate_texts(model, processor, inputs, max_new_tokens)[0]
-
-    chat = ChatEncoder(processor)([*prompt, assistant_message(answer)])
-    named = []
-    for message, said in enumerate((question, answer)):
-        for match in re.finditer(r"[^\W_]+", said):
-            tokens = chat.phrase_tokens(message, *match.span())
-            if match[0].lower() not in FUNCTION_WORDS and tokens:
-                named.append((match[0], tokens[-1]))
-    left, top, right, bottom = processor.image_geometry(picture.height, picture.width).source_box
-    seen = picture.crop((max(0, round(left)), max(0, round(top)), round(right), round(bottom)))
-    if not named:
-        return Answer(answer, [], seen)
-    rows, columns = token_grid_size(model, processor)
-    maps = model(
-        input_ids=torch.tensor([chat.input_ids], device=model.device),
-        pixel_values=inputs["pixel_values"],
-        cross_attention_rows=torch.tensor([[0, position] for _, position in named], device=model.device),
-        logits_to_keep=1,
-    ).cross_attention_maps
-    aligned = AlignmentConfig(**(model.config.alignment or {}))
-    slots = torch.zeros(len(named), dtype=torch.long, device=model.device)
-    attention = picture_attention(maps, slots, rows * columns, aligned.layers)
-    attention = (
-        attention[:, :, chosen_heads(aligned.heads, attention.shape[2])].mean((1, 2)).unflatten(-1, (rows, columns))
+    output = generate(
+        model, processor, inputs, max_new_tokens, return_dict_in_generate=True, output_attention_maps=True
     )
-    return Answer(answer, [(word, attention[i].cpu()) for i, (word, _) in enumerate(named)], seen)
+    generated = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    answer = answer_text(processor, generated)
+
+    chat = ChatEncoder(processor)(prompt)
+    read = [(word, tokens[-1]) for word, *span in content_words(question) if (tokens := chat.phrase_tokens(0, *span))]
+    words = []
+    if read:
+        queries = torch.tensor([[0, position] for _, position in read], device=model.device)
+        maps = model.attention_maps(queries, **inputs)
+        words = [(word, attention.cpu()) for (word, _), attention in zip(read, maps)]
+    starts = token_starts(processor.tokenizer, generated)
+    for word, start, _ in content_words(answer):
+        # What the answer was stripped of stands in front of it.
+        offset = processor.decode(generated, skip_special_tokens=True).index(answer)
+        words.append((word, output.attention_maps[0, bisect_right(starts, offset + start) - 1].cpu()))
+    left, top, right, bottom = processor.image_geometry(image.height, image.width).source_box
+    seen = image.crop((max(0, round(left)), max(0, round(top)), round(right), round(bottom)))
+    return Answer(answer, words, seen)
+
+
+def content_words(text: str) -> list[tuple[str, int, int]]:
+    """The words of a text that may name something in an image, each with its start and end."""
+    found = ((match[0], *match.span()) for match in re.finditer(r"[^\W_]+", text))
+    return [each for each in found if each[0].lower() not in FUNCTION_WORDS]
+
+
+def token_starts(tokenizer, tokens: list[int]) -> list[int]:
+    """Where in the text of all tokens, in characters, each of them begins."""
+    return [len(tokenizer.decode(tokens[:number], skip_special_tokens=True)) for number in range(len(tokens))]
 
 
 def load(folder: str | Path | None) -> tuple[AgeVlmForConditionalGeneration, AgeVlmProcessor]:

@@ -12,8 +12,8 @@ from ..errors import UserError, checkpoint_errors
 from ..hub import load_checkpoint
 from ..modeling_agevlm import AgeVlmForConditionalGeneration
 from ..modeling_agevlm.backbones_agevlm import reserved_image_token
+from ..modeling_agevlm.components_agevlm import component_of
 from ..processing import AgeVlmProcessor, whole_image_processor
-from ..training.components import part_of
 from .recipe import PREVIOUS, ModelRecipe, TrainingRecipe
 from .sources import DataSource
 
@@ -89,7 +89,7 @@ def set_trainable(model: AgeVlmForConditionalGeneration, recipe: TrainingRecipe)
         )
         adapted = get_peft_model(model, config)
     for name, parameter in model.named_parameters():
-        mode = recipe.modes[part_of(name)]
+        mode = recipe.modes[component_of(name)]
         if mode != "lora":
             parameter.requires_grad_(mode == "full")
     return adapted

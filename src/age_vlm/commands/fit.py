@@ -11,7 +11,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArg
 from transformers.integrations import TensorBoardCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from ..data.collator import AgeVlmCollator, token_grid_size
+from ..data.collator import AgeVlmCollator
 from ..errors import UserError
 from ..hub import save_adapter
 from ..modeling_agevlm import AgeVlmForConditionalGeneration
@@ -106,8 +106,7 @@ def fit(
     source: DataSource,
     folder: str | Path,
     *,
-    measure: Callable[[AgeVlmForConditionalGeneration, AgeVlmProcessor, tuple[int, int]], dict[str, float]]
-    | None = None,
+    measure: Callable[[AgeVlmForConditionalGeneration, AgeVlmProcessor], dict[str, float]] | None = None,
     resume: bool = False,
     previous: Path | None = None,
     progress: bool = True,
@@ -115,8 +114,8 @@ def fit(
     """Trains as the recipe says. Adapters are stored in the folder and merged into the model.
 
     Args:
-        measure: figures of the model in training, taken every `evaluate_every` steps, by every process; it is given the
-            model, the processor and the grid of image tokens, and may call the model as a whole only, which may be sharded.
+        measure: metrics of the model in training, taken every `evaluate_every` steps, by every process; it is given the
+            model and the processor, and may call the model as a whole only, which may be sharded.
         resume: go on from the last resumable checkpoint in the folder, if there is one.
         previous: checkpoint of the recipe before this one.
 
@@ -128,8 +127,6 @@ def fit(
     with together():
         set_seed(recipe.seed)
         model, processor = build_model(recipe.model, source, previous)
-        text = model.config.text_config
-        recipe.alignment.check(len(model.config.cross_attention_layers), text.num_attention_heads)
     checkpoint = from_main(_cleared, folder, resume)
     try:
         if checkpoint is None and recipe.warm_start.steps:
@@ -139,19 +136,16 @@ def fit(
             # What is drawn next, as the first weights of adapters are, is the same in every process.
             torch.set_rng_state(generator)
         adapted = set_trainable(model, recipe.training)
-        # Now: what is sharded later cannot be asked in parts.
-        grid = token_grid_size(model, processor)
-        curve = CurveCallback(lambda model: measure(model, processor, grid), recipe.training.evaluate_every)
+        curve = CurveCallback(lambda model: measure(model, processor), recipe.training.evaluate_every)
         trainer = AgeVlmTrainer(
             model,
             training_arguments(recipe.training, recipe.seed, scratch, progress, recipe.name),
             train_dataset=source.train,
-            data_collator=AgeVlmCollator(
+            data_collator=AgeVlmCollator.from_model(
+                model,
                 processor,
-                grid,
                 independent_turns=recipe.training.independent_turns,
                 max_length=recipe.training.max_length,
-                image_visibility=model.config.image_visibility,
                 packing=recipe.training.packing,
                 pack_length=recipe.training.pack_length,
             ),

@@ -14,10 +14,9 @@ from typing import Any
 
 import yaml
 
-from ..configuration import PRESETS
+from ..configuration import PRESETS, AlignmentConfig
 from ..errors import UserError, reading
-from ..training.alignment import AlignmentConfig
-from ..training.components import PARTS
+from ..modeling_agevlm.components_agevlm import COMPONENTS as PARTS
 
 
 # `model.checkpoint` of a recipe that goes on from the one before it in a folder of recipes.

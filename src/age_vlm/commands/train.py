@@ -13,7 +13,6 @@ from pathlib import Path
 import PIL.Image
 
 from ..atomic_files import write_whole
-from ..data.collator import token_grid_size
 from ..data.questions import EvaluationItem
 from ..errors import filling
 from ..evaluation.answers import yes_scores
@@ -111,7 +110,6 @@ def _finish(
     resume: bool,
 ) -> dict[str, dict]:
     """What is left to do when a model is trained: figures, checkpoint, report."""
-    model.config.alignment = dataclasses.asdict(recipe.alignment)
     write_whole(folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
     metrics = test_metrics(model, processor, recipe, source)
     seconds = time.monotonic() - started
@@ -157,7 +155,7 @@ def curve_measure(recipe: Recipe, items: Sequence[EvaluationItem], pictures: int
     questions = [question for item in asked for question in item.questions]
     visible = split_items(items, lambda question: question.mask is not None)
 
-    def measure(model, processor, grid) -> dict[str, float]:
+    def measure(model, processor) -> dict[str, float]:
         figures = {}
         if questions:
             scores = yes_scores(model, processor, asked)
@@ -165,7 +163,7 @@ def curve_measure(recipe: Recipe, items: Sequence[EvaluationItem], pictures: int
             figures[name] = right / len(questions)
         if visible:
             pointed = split_items(asked, lambda question: question.mask is not None) or visible
-            figures |= grounding_metrics(model, processor, pointed, grid, recipe.alignment)
+            figures |= grounding_metrics(model, processor, pointed, recipe.alignment)
         return figures
 
     return measure
@@ -175,8 +173,7 @@ def test_metrics(model, processor, recipe: Recipe, source: DataSource) -> dict[s
     """Rows of figures on the test part."""
     metrics, _ = answer_metrics(model, processor, source.test)
     if split_items(source.test, lambda question: question.mask is not None):
-        grid = token_grid_size(model, processor)
-        metrics |= grounding_metrics(model, processor, source.test, grid, recipe.alignment)
+        metrics |= grounding_metrics(model, processor, source.test, recipe.alignment)
     blank = [dataclasses.replace(item, image=PIL.Image.new("RGB", item.image.size, "grey")) for item in source.test]
     control, _ = answer_metrics(model, processor, blank)
     if recipe.data.kind == "label_maps":

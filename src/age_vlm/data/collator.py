@@ -20,7 +20,7 @@ from .sample_names import naming
 from .schema import Grounding, Message, Sample, upright_size, validate_sample
 
 
-GROUNDING_KEYS = ("grounding_rows", "grounding_slots", "grounding_coverage")
+GROUNDING_KEYS = ("grounding_queries", "grounding_slots", "grounding_coverage")
 
 
 @dataclass
@@ -46,12 +46,12 @@ class AgeVlmCollator:
 
     Args:
         processor: an `AgeVlmProcessor`.
-        grid: (rows, columns) of the model's image tokens, see `token_grid_size`.
+        grid: (rows, columns) of the model's image tokens, see `model.image_grid`.
         independent_turns: every question and answer of a sample becomes a text of its own that sees the sample's
             pictures, all packed into one row (positions restart, no attention mask): earlier answers cannot give later
             ones away. What stands before the first question, a system message, is in front of each. Otherwise a sample is
             one chat.
-        phrase_rows: which tokens of a phrase are aligned, its `"last"` (it has read the whole phrase) or `"all"`.
+        phrase_queries: which tokens of a phrase are aligned, its `"last"` (it has read the whole phrase) or `"all"`.
         max_length: longest sample, in tokens; what is over is cut from the end.
         packing: several samples share a row (positions restart, no attention mask; each sees its own pictures only), see
             `packed_rows`. The samples of a batch, and so its loss, are the same without.
@@ -60,7 +60,7 @@ class AgeVlmCollator:
 
     A batch holds `input_ids`, `labels` (batch, length), `attention_mask` or `position_ids` (batch, length),
     `pixel_values` (images, channels, height, width), where pictures are shared `image_indices` (image tokens,), and for
-    each aligned text row `grounding_rows` (groundings, 2) batch index and position, `grounding_slots` (groundings,) which
+    each aligned text row `grounding_queries` (groundings, 2) batch index and position, `grounding_slots` (groundings,) which
     picture of its row, `grounding_coverage` (groundings, rows x columns) how much of each image token the mask covers.
 
     Raises:
@@ -74,18 +74,18 @@ class AgeVlmCollator:
         grid: tuple[int, int],
         *,
         independent_turns: bool = False,
-        phrase_rows: str = "last",
+        phrase_queries: str = "last",
         max_length: int | None = None,
         image_visibility: str = "latest",
         packing: bool = False,
         pack_length: int | None = None,
     ):
-        if phrase_rows not in ("last", "all"):
-            raise UserError(f"phrase_rows: got '{phrase_rows}', expected 'last' or 'all'.")
+        if phrase_queries not in ("last", "all"):
+            raise UserError(f"phrase_queries: got '{phrase_queries}', expected 'last' or 'all'.")
         self.processor = processor
         self.grid = grid
         self.independent_turns = independent_turns
-        self.phrase_rows = phrase_rows
+        self.phrase_queries = phrase_queries
         self.max_length = max_length
         self.image_visibility = image_visibility
         self.packing = packing
@@ -93,9 +93,19 @@ class AgeVlmCollator:
         self.encode = ChatEncoder(processor)
         self.coverages: ByteCache[torch.Tensor] = ByteCache(64 * MIB)
 
+    @classmethod
+    def from_model(cls, model, processor, **settings) -> AgeVlmCollator:
+        """The collator of a model and its processor, whose image grid and visibility it takes.
+
+        Args:
+            settings: the others of the constructor.
+        """
+        size = processor.image_geometry(64, 64).size
+        return cls(processor, model.image_grid(size), image_visibility=model.config.image_visibility, **settings)
+
     def __reduce__(self):
         # As for `ChatEncoder`: the caches stay behind.
-        names = ("independent_turns", "phrase_rows", "max_length", "image_visibility", "packing", "pack_length")
+        names = ("independent_turns", "phrase_queries", "max_length", "image_visibility", "packing", "pack_length")
         settings = {name: getattr(self, name) for name in names}
         return partial(AgeVlmCollator, self.processor, self.grid, **settings), ()
 
@@ -136,7 +146,7 @@ class AgeVlmCollator:
         if image_indices != list(range(len(images))):
             batch["image_indices"] = torch.tensor(image_indices)
         if groundings:
-            batch["grounding_rows"] = torch.tensor([entry[:2] for entry in groundings])
+            batch["grounding_queries"] = torch.tensor([entry[:2] for entry in groundings])
             batch["grounding_slots"] = torch.tensor([entry[2] for entry in groundings])
             batch["grounding_coverage"] = torch.stack([entry[3] for entry in groundings])
         return batch
@@ -215,7 +225,7 @@ class AgeVlmCollator:
             coverage = self.coverages.get(mask, partial(self._mask_coverage, *mask))
             if not coverage.any():
                 continue  # the crop of the image processor left nothing of it
-            for token in tokens if self.phrase_rows == "all" else tokens[-1:]:
+            for token in tokens if self.phrase_queries == "all" else tokens[-1:]:
                 seen = [number for place, number in zip(places, chat_images) if place <= token]
                 if image in (seen[-1:] if self.image_visibility == "latest" else seen):
                     yield token, image, coverage
@@ -287,16 +297,3 @@ def _require_masks(sample: Sample) -> None:
 def _with_images(message: Message, images: int) -> Message:
     parts = [{"type": "image", "text": None}] * images
     return {"role": message["role"], "content": [*parts, *message["content"]]}
-
-
-@torch.no_grad()
-def token_grid_size(model, processor) -> tuple[int, int]:
-    """(rows, columns) of the model's image tokens for a picture as the processor prepares it: found by one blank one."""
-    from ..modeling_agevlm.vision_agevlm import feature_map, token_grid
-
-    height, width = processor.image_geometry(64, 64).size
-    model = getattr(model, "model", model)
-    tower = model.vision_tower
-    blank = torch.zeros(1, 3, height, width, device=tower.device, dtype=tower.dtype)
-    states = feature_map(tower, tower(blank, return_dict=True).last_hidden_state)
-    return token_grid(states, tower, model.config.vision_config, (height, width))[1:]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import product
 
 import torch
@@ -35,19 +35,31 @@ def generate_answers(
 
 
 def generate_texts(model, processor, inputs: Mapping[str, torch.Tensor], max_new_tokens: int) -> list[str]:
-    """What the model says after each prompt, greedily, to where the processor's chat template ends an answer."""
-    tokenizer, template = processor.tokenizer, processor.chat_template or processor.tokenizer.chat_template
-    config, end = copy.deepcopy(model.generation_config), ""
-    try:
-        end = assistant_turn(tokenizer, template).end
-        stop_at_end_of_turn(config, tokenizer, template)
-    except ValueError:  # nothing but the model's own configuration ends its answers
-        pass
+    """What the model says after each prompt, see `generate`."""
+    generated = generate(model, processor, inputs, max_new_tokens)[:, inputs["input_ids"].shape[1] :]
+    return [answer_text(processor, tokens) for tokens in generated]
+
+
+def generate(model, processor, inputs: Mapping[str, torch.Tensor], max_new_tokens: int, **settings):
+    """`model.generate`, greedily, to where the processor's chat template ends an answer."""
+    config = copy.deepcopy(model.generation_config)
+    with suppress(ValueError):  # nothing but the model's own configuration ends its answers
+        stop_at_end_of_turn(config, processor.tokenizer, _template(processor))
     config.do_sample, config.max_new_tokens = False, max_new_tokens
-    generated = model.generate(**inputs, generation_config=config, tokenizer=tokenizer)
-    texts = processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return model.generate(**inputs, generation_config=config, tokenizer=processor.tokenizer, **settings)
+
+
+def answer_text(processor, tokens: Sequence[int] | torch.Tensor) -> str:
+    """The text of an answer, without what ends it."""
+    end = ""
+    with suppress(ValueError):
+        end = assistant_turn(processor.tokenizer, _template(processor)).end
     # Of ordinary text the end is no special token.
-    return [text.strip().removesuffix(end.strip()).strip() for text in texts]
+    return processor.decode(tokens, skip_special_tokens=True).strip().removesuffix(end.strip()).strip()
+
+
+def _template(processor) -> str:
+    return processor.chat_template or processor.tokenizer.chat_template
 
 
 @torch.inference_mode()

@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..configuration import AlignmentConfig
 from ..data.questions import MODES, EvaluationItem
 from .answers import generate_answers
-from .attention import chosen_heads
 from .grounding import phrase_attention
 from .metrics import accuracy_by_kind, auc, class_auc, macro_auc
 from .pope import join_answers, score
-
-
-if TYPE_CHECKING:
-    from ..training.alignment import AlignmentConfig
 
 
 def split_items(items: Sequence[EvaluationItem], wanted) -> list[EvaluationItem]:
@@ -72,10 +68,12 @@ def presence_metrics(scores: Mapping[str, float], items: Sequence[EvaluationItem
 
 
 def grounding_metrics(
-    model, processor, items: Sequence[EvaluationItem], grid: tuple[int, int], alignment: AlignmentConfig
+    model, processor, items: Sequence[EvaluationItem], alignment: AlignmentConfig | None = None
 ) -> dict[str, float]:
-    """`attention_mass` inside the mask and `pointing_accuracy` of the blocks and heads that the alignment is about."""
-    phrases = phrase_attention(model, processor, items, grid)
-    heads = chosen_heads(alignment.heads, phrases.attention.shape[2])
-    mass, hits = phrases.scores(alignment.layers, heads)
+    """`attention_mass` inside the mask and `pointing_accuracy`, of the blocks and heads that were aligned in training or,
+    where it is given, that `alignment` is about."""
+    alignment = alignment or model.alignment
+    phrases = phrase_attention(model, processor, items)
+    _, blocks, heads, _ = phrases.attention.shape
+    mass, hits = phrases.scores(alignment.layer_indices(blocks), alignment.head_indices(heads))
     return {"attention_mass": float(mass.mean()), "pointing_accuracy": float(hits.mean())}

@@ -12,8 +12,8 @@ from ..data.collator import GROUNDING_KEYS, AgeVlmCollator
 from ..data.questions import EvaluationItem, Question
 from ..data.schema import Sample, user_message
 from ..errors import UserError
+from ..modeling_agevlm.attention_maps_agevlm import attention_on_images
 from .answers import _evaluating
-from .attention import picture_attention
 from .metrics import attention_mass, pointing_hit
 
 
@@ -57,11 +57,9 @@ def phrase_samples(items: Sequence[EvaluationItem]) -> tuple[list[Sample], list[
 
 
 @torch.inference_mode()
-def phrase_attention(
-    model, processor, items: Sequence[EvaluationItem], grid: tuple[int, int], *, batch_size: int = 128
-) -> PhraseAttention:
+def phrase_attention(model, processor, items: Sequence[EvaluationItem], *, batch_size: int = 128) -> PhraseAttention:
     """The model's cross-attention at the last token of every phrase that names something visible."""
-    collator = AgeVlmCollator(processor, grid)
+    collator = AgeVlmCollator.from_model(model, processor)
     samples, questions = phrase_samples(items)
     attention, coverage, kept = [], [], []
     with _evaluating(model):
@@ -71,13 +69,14 @@ def phrase_attention(
             grounding = {key: batch.pop(key) for key in GROUNDING_KEYS if key in batch}
             if not grounding:
                 continue
-            rows = grounding["grounding_rows"].to(model.device)
+            rows = grounding["grounding_queries"].to(model.device)
             inputs = {key: value.to(model.device) for key, value in batch.items()}
-            maps = model(**inputs, cross_attention_rows=rows, logits_to_keep=1).cross_attention_maps
+            maps = model(**inputs, cross_attention_queries=rows, logits_to_keep=1).cross_attention_maps
             slots = grounding["grounding_slots"].to(model.device)
-            attention.append(picture_attention(maps, slots, grid[0] * grid[1], range(len(maps))).cpu())
+            tokens = grounding["grounding_coverage"].shape[-1]
+            attention.append(attention_on_images(maps, slots, tokens, range(len(maps))).cpu())
             coverage.append(grounding["grounding_coverage"])
-            kept += [questions[start + row] for row in grounding["grounding_rows"][:, 0].tolist()]
+            kept += [questions[start + row] for row in grounding["grounding_queries"][:, 0].tolist()]
     if not attention:
         raise UserError("items: got no question whose phrase has a mask, expected at least one.")
     return PhraseAttention(torch.cat(attention), torch.cat(coverage), kept)

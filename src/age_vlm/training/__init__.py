@@ -1,7 +1,7 @@
 """Training with the alignment loss."""
 
-from .alignment import FORMS, AlignmentConfig
+from ..configuration import AlignmentConfig
 from .trainer import AgeVlmTrainer
 
 
-__all__ = ["FORMS", "AgeVlmTrainer", "AlignmentConfig"]
+__all__ = ["AgeVlmTrainer", "AlignmentConfig"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -13,14 +14,14 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..configuration import AgeVlmConfig
+from ..configuration import AgeVlmConfig, AlignmentConfig
 from ..data.collator import GROUNDING_KEYS
 from ..data.sample_names import NamedBatches, NamedSamples, unnamed
-from ..errors import UserError
-from ..evaluation.attention import chosen_heads, picture_attention
+from ..errors import UserError, checkpoint_errors
 from ..evaluation.metrics import attention_mass, pointing_hit
-from .alignment import AlignmentConfig, alignment_losses
-from .components import part_of
+from ..modeling_agevlm.attention_maps_agevlm import attention_on_images
+from ..modeling_agevlm.components_agevlm import component_of
+from .alignment import alignment_losses
 from .distributed import keep_to_one_gpu
 from .loss_watch import BAD_BATCHES, StepWatch
 from .prompt_learning import virtual_tokens
@@ -51,9 +52,10 @@ class AgeVlmTrainer(Trainer):
     of micro-batches and processes they came in, as the language modelling loss is over tokens.
 
     Args:
-        alignment: what is aligned and how; the defaults when left out.
-        learning_rates: peak rates of the parts (see `parts.PARTS`) that differ from `args.learning_rate`; all follow the
-            same schedule.
+        alignment: what is aligned and how; as the model was aligned before, else the defaults, when left out. The model's
+            configuration keeps it.
+        learning_rates: peak rates of the components (`vision`, `projector`, `cross_attention`, `language_model`) that differ
+            from `args.learning_rate`; all follow the same schedule.
         non_finite: `"stop"` ends the run at a step whose loss or gradient is not finite, before the optimizer takes it;
             `"skip"` goes on without that step, unless that happens `MOST_IN_A_ROW` times in a row.
         spike_threshold: see `SpikeWatch`; 0 for no warnings.
@@ -94,7 +96,12 @@ class AgeVlmTrainer(Trainer):
             )
         if self.args.remove_unused_columns:
             raise UserError("args.remove_unused_columns: got True, expected False: the collator needs every column.")
-        self.alignment = alignment if alignment is not None else AlignmentConfig()
+        with checkpoint_errors():
+            self.alignment = alignment if alignment is not None else self.model.alignment
+            self.alignment.check(self.model.config)
+        # The model says of itself whose attention was aligned.
+        settings = dataclasses.asdict(self.alignment)
+        self.model.config.alignment = {**settings, "layers": list(self.alignment.layers)}
         self.learning_rates = dict(learning_rates or {})
         if non_finite not in ("stop", "skip"):
             raise UserError(f"non_finite: got '{non_finite}', expected 'stop' or 'skip'.")
@@ -142,7 +149,7 @@ class AgeVlmTrainer(Trainer):
         for group in list(optimizer.param_groups):
             parts: dict[str | None, list] = {}
             for parameter in group["params"]:
-                part = part_of(names[id(parameter)])
+                part = component_of(names[id(parameter)])
                 parts.setdefault(part if part in self.learning_rates else None, []).append(parameter)
             group["params"] = parts.pop(None, [])
             for part, parameters in parts.items():
@@ -179,7 +186,7 @@ class AgeVlmTrainer(Trainer):
             return batch
 
         batch_samples, num_items = super().get_batch_samples(map(take, epoch_iterator), num_batches, device)
-        count = sum(len(batch["grounding_rows"]) for batch in batch_samples if "grounding_rows" in batch)
+        count = sum(len(batch["grounding_queries"]) for batch in batch_samples if "grounding_queries" in batch)
         count = torch.tensor(float(count), device=device)
         if self.args.average_tokens_across_devices and self.accelerator.num_processes > 1:
             count = self.accelerator.reduce(count)
@@ -205,20 +212,20 @@ class AgeVlmTrainer(Trainer):
         # would wait for the others forever, so it lets zeros through.
         stands_in = bool(not grounding and weight and model.training and self.is_deepspeed_enabled)
         if grounding:
-            rows = grounding["grounding_rows"]
-            inputs["cross_attention_rows"] = rows + rows.new_tensor([0, shift])
+            rows = grounding["grounding_queries"]
+            inputs["cross_attention_queries"] = rows + rows.new_tensor([0, shift])
         elif stands_in:
-            inputs["cross_attention_rows"] = torch.zeros(1, 2, dtype=torch.long, device=inputs["input_ids"].device)
+            inputs["cross_attention_queries"] = torch.zeros(1, 2, dtype=torch.long, device=inputs["input_ids"].device)
         # A loss reads no cache, and with one the model could not tell packed texts apart.
         inputs.setdefault("use_cache", False)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         terms = {"lm_loss": loss.detach()}
         if grounding:
-            attention = picture_attention(
+            attention = attention_on_images(
                 outputs.cross_attention_maps,
                 grounding["grounding_slots"],
                 grounding["grounding_coverage"].shape[-1],
-                self.alignment.layers,
+                self.alignment.layer_indices(len(outputs.cross_attention_maps)),
             )
             coverage = grounding["grounding_coverage"].to(attention.dtype)
             losses = alignment_losses(attention, coverage, self.alignment)
@@ -227,7 +234,7 @@ class AgeVlmTrainer(Trainer):
             aligned = losses.mean() if alone else losses.sum() / self._groundings_per_rank()
             if weight:
                 loss = loss + weight * aligned.to(loss.dtype)
-            heads = chosen_heads(self.alignment.heads, attention.shape[2])
+            heads = self.alignment.head_indices(attention.shape[2])
             watched = attention.detach()[:, :, heads].mean((1, 2))
             mass, hits = attention_mass(watched, coverage), pointing_hit(watched, coverage).float()
             terms |= {
@@ -246,7 +253,7 @@ class AgeVlmTrainer(Trainer):
             scores = loss.new_zeros(len(labels), 4, dtype=torch.float32)
             if grounding:
                 each = torch.stack([losses.detach(), torch.ones_like(mass), mass, hits], dim=-1)
-                scores.index_add_(0, grounding["grounding_rows"][:, 0], each.float())
+                scores.index_add_(0, grounding["grounding_queries"][:, 0], each.float())
             if not (learned.sum() if num_items_in_batch is None else num_items_in_batch):
                 raise UserError("labels: got an evaluation batch without a token to learn, expected at least one.")
             # Of each row, since some may be there only to fill up the batches of several processes.

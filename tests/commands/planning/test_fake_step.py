@@ -20,7 +20,7 @@ from age_vlm.commands.planning.fake_step import (
 from age_vlm.commands.planning.model import PlannedModel
 from age_vlm.commands.planning.peak_memory import PeakMemory
 from age_vlm.commands.recipe import DataRecipe
-from age_vlm.training.components import PARTS
+from age_vlm.modeling_agevlm.components_agevlm import COMPONENTS
 from age_vlm.training.trainer import AgeVlmTrainer
 
 
@@ -34,7 +34,7 @@ def figures(recipe):
 
 
 def activations(step) -> float:
-    return sum(step.peaks["one"].get(kind, 0) for kind in (*PARTS, HEAD, BACKWARD))
+    return sum(step.peaks["one"].get(kind, 0) for kind in (*COMPONENTS, HEAD, BACKWARD))
 
 
 def real(recipe, tmp_path):
@@ -95,7 +95,7 @@ def test_operations_are_those_that_torch_counts(recipe, fake, tmp_path):
     with FlopCounterMode(display=False) as counter:
         trainer.training_step(model, batch, items)
     assert sum(fake.forward.values()) + fake.backward == counter.get_total_flops()
-    assert all(fake.forward[kind] > 0 for kind in (*PARTS, HEAD))
+    assert all(fake.forward[kind] > 0 for kind in (*COMPONENTS, HEAD))
 
 
 def test_state_is_that_of_the_parameters(recipe, fake):

@@ -40,7 +40,7 @@ def check(collator):
             batch = collator([{**sample, "groundings": masked}])
             assert (batch["labels"] != -100).any()
             # Each phrase of one picture is aligned, unless its mask is smaller than what the grid resolves.
-            assert len(batch.get("grounding_rows", ())) == len(masked)
+            assert len(batch.get("grounding_queries", ())) == len(masked)
             if len(masked) < len(sample["groundings"]):
                 with pytest.raises(ValueError, match="age-vlm ground"):
                     collator([sample])

@@ -10,7 +10,7 @@ from datasets import Dataset, Features, Image, IterableDataset, Value
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
-from age_vlm.data.collator import AgeVlmCollator, token_grid_size
+from age_vlm.data.collator import AgeVlmCollator
 from age_vlm.data.converters import CONVERTERS, convert
 from age_vlm.data.masks import decode_mask
 from age_vlm.data.schema import FEATURES, message_text, validate_sample
@@ -223,7 +223,7 @@ def test_a_stream_trains(tmp_path, coco_files, make_model, processor):
         disable_tqdm=True,
         use_cpu=True,
     )
-    collator = AgeVlmCollator(processor, token_grid_size(model, processor))
+    collator = AgeVlmCollator.from_model(model, processor)
     trainer = AgeVlmTrainer(model, arguments, train_dataset=stream, data_collator=collator)
     trainer.train()
     assert all(entry["alignment_loss"] > 0 for entry in trainer.state.log_history if "lm_loss" in entry)

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import TrainingArguments
 
 from ...modeling_agevlm import AgeVlmForConditionalGeneration
-from ...training.components import PARTS, part_of
+from ...modeling_agevlm.components_agevlm import COMPONENTS, component_of
 from ...training.trainer import AgeVlmTrainer
 from ..fit import training_arguments
 from ..recipe import Recipe
@@ -25,7 +25,7 @@ from .peak_memory import PeakMemory
 PARAMETERS, GRADIENTS, OPTIMIZER, BATCH = "parameters", "gradients", "optimizer states", "batch"
 HEAD, BACKWARD, UPDATE = "logits and loss", "backward pass", "optimizer step"
 # The name of a part stands for its activations.
-KINDS = (PARAMETERS, GRADIENTS, OPTIMIZER, BATCH, *PARTS, HEAD, BACKWARD, UPDATE)
+KINDS = (PARAMETERS, GRADIENTS, OPTIMIZER, BATCH, *COMPONENTS, HEAD, BACKWARD, UPDATE)
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def _name_kinds(model, memory: PeakMemory, operations: _Operations, forward: dic
 
     kinds: list[str] = []
     for name, module in model.named_modules():
-        part = part_of(f"{name}.weight")
+        part = component_of(f"{name}.weight")
         inside = part != "language_model" or "language_model" in name.split(".")
         kind = part if inside else HEAD
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from ...configuration import IMAGE_SIZES, AgeVlmConfig, preset_config
-from ...data.collator import AgeVlmCollator, token_grid_size
+from ...data.collator import AgeVlmCollator
 from ...errors import UserError, checkpoint_errors
 from ...modeling_agevlm import AgeVlmForConditionalGeneration
 from ...modeling_agevlm.backbones_agevlm import load_part
@@ -51,22 +52,20 @@ class PlannedModel:
         self.recipe = recipe
         source = load_sources(recipe) if length is None and _data_at_hand(recipe) else None
         self.model, processor = _load(recipe.model, source, dtype)
-        text = self.model.config.text_config
-        recipe.alignment.check(len(self.model.config.cross_attention_layers), text.num_attention_heads)
-        grid = token_grid_size(self.model, processor)
-        self.image_tokens = grid[0] * grid[1]
+        with checkpoint_errors():
+            recipe.alignment.check(self.model.config)
         self.image_size = tuple(processor.image_geometry(64, 64).size)
+        self.image_tokens = math.prod(self.model.image_grid(self.image_size))
         if source is None:
             self.length = length or recipe.training.max_length or LENGTH
             given = "given" if length else "the recipe's max_length" if recipe.training.max_length else "assumed"
             self.source_of_text = f"texts of {self.length} tokens with one picture ({given})"
         else:
-            collator = AgeVlmCollator(
+            collator = AgeVlmCollator.from_model(
+                self.model,
                 processor,
-                grid,
                 independent_turns=recipe.training.independent_turns,
                 max_length=recipe.training.max_length,
-                image_visibility=self.model.config.image_visibility,
                 packing=recipe.training.packing,
                 pack_length=recipe.training.pack_length,
             )
@@ -101,7 +100,7 @@ class PlannedModel:
             batch["attention_mask"] = torch.ones_like(ids)
         batch["pixel_values"] = torch.empty(size, 3, *self.image_size, device="meta")
         if self.recipe.alignment.weight or self.recipe.alignment.final_weight:
-            batch["grounding_rows"] = torch.tensor([[row, self.length - 1] for row in range(size)])
+            batch["grounding_queries"] = torch.tensor([[row, self.length - 1] for row in range(size)])
             batch["grounding_slots"] = torch.zeros(size, dtype=torch.long)
             batch["grounding_coverage"] = torch.ones(size, self.image_tokens)
         return batch

@@ -13,7 +13,8 @@ import yaml
 
 from ...errors import UserError, reading
 from ...modeling_agevlm import AgeVlmForConditionalGeneration
-from ...training.components import PARTS, count_parameters, part_of
+from ...modeling_agevlm.components_agevlm import COMPONENTS, component_of
+from ...training.components import count_parameters
 from ..pipeline import load_stages
 from ..recipe import PREVIOUS, Recipe, load_recipe
 from .fake_step import BACKWARD, GRADIENTS, OPTIMIZER, PARAMETERS, StepFigures, fake_step
@@ -279,10 +280,10 @@ def communication_bytes(model: AgeVlmForConditionalGeneration, sharding: str, pr
 
 
 def _bytes(model: AgeVlmForConditionalGeneration, *, trainable: bool) -> dict[str, int]:
-    sizes = Counter(dict.fromkeys(PARTS, 0))
+    sizes = Counter(dict.fromkeys(COMPONENTS, 0))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or not trainable:
-            sizes[part_of(name)] += parameter.numel() * parameter.element_size()
+            sizes[component_of(name)] += parameter.numel() * parameter.element_size()
     return dict(sizes)
 
 

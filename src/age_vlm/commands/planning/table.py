@@ -9,7 +9,7 @@ from rich.table import Table
 
 from ...console import plain_table
 from ...errors import UserError
-from ...training.components import PARTS
+from ...modeling_agevlm.components_agevlm import COMPONENTS
 from .fake_step import KINDS
 from .plan import COMMUNICATION, OVERHEAD, Plan
 
@@ -121,7 +121,7 @@ def _sections(plans: list[Plan]):
 
 
 def _words(key: str, part: str) -> str:
-    if key not in PARTS:
+    if key not in COMPONENTS:
         return key
     return part.format("cross-attention" if key == "cross_attention" else key.replace("_", " "))
 
