@@ -60,7 +60,7 @@ EXTRAS_REQUIRE = {
         "tensorboard>=2.18,<3",
         "setuptools>=77",
     ],
-    "dev": ["ruff>=0.14,<1", "pre-commit>=4", "build>=1.2", "nox[uv]>=2025.2"],
+    "dev": ["ruff>=0.14,<1", "import-linter>=2.5,<3", "pre-commit>=4", "build>=1.2", "nox[uv]>=2025.2"],
 }
 EXTRAS_REQUIRE["dev"] += EXTRAS_REQUIRE["test"]
 

@@ -8,6 +8,7 @@ from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ProcessorMixin
 
 from ..configuration.checkpoint_code_agevlm import AUTO_MAP, save_with_code
+from .backbone_files_agevlm import load_component, reserved_image_token
 from .chat_agevlm import CHAT_TEMPLATE, template_with_images
 from .image_geometry_agevlm import ImageGeometry, image_geometry
 from .image_settings_agevlm import encoder_image_processor
@@ -119,9 +120,7 @@ class AgeVlmProcessor(ProcessorMixin):
             image_token: token that stands for a picture, the first reserved special one when left out.
             image_size: of the model's input, a side or height and width in pixels, the encoder's own when left out.
         """
-        from ..modeling_agevlm.backbones_agevlm import load_part, reserved_image_token
-
-        tokenizer = load_part("text", text, AutoTokenizer)
+        tokenizer = load_component("text", text, AutoTokenizer)
         return cls(
             encoder_image_processor(vision, image_size),
             tokenizer,

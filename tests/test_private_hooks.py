@@ -42,8 +42,12 @@ class Hook:
 
 
 TRAINER, RUN = "src/age_vlm/training/trainer.py", "src/age_vlm/training/distributed.py"
-MODEL, TEXT = "modeling_agevlm/modeling_agevlm.py", "modeling_agevlm/cross_attention_agevlm.py"
-VISION, PLANNED = "modeling_agevlm/vision_agevlm.py", "src/age_vlm/planning/plan.py"
+BASE, MODEL, TEXT = (
+    "modeling_agevlm/pretrained_agevlm.py",
+    "modeling_agevlm/modeling_agevlm.py",
+    "modeling_agevlm/cross_attention_agevlm.py",
+)
+VISION, PLANNED = "modeling_agevlm/vision_agevlm.py", "src/age_vlm/commands/planning/plan.py"
 PRETRAINED = "transformers.modeling_utils:PreTrainedModel"
 DECLARED = "transformers asks every model class to declare it"
 HOOKS = [
@@ -63,18 +67,18 @@ HOOKS = [
         "_fingerprint", ("src/age_vlm/grounding/inputs.py",), "datasets shows no hash of a data set's content otherwise",
         "datasets:Dataset._fingerprint", None, "datasets:Dataset.__init__",
     ),
-    Hook("_no_split_modules", (MODEL, TEXT, VISION, PLANNED, TRAINER), DECLARED, f"{PRETRAINED}._no_split_modules", None,
+    Hook("_no_split_modules", (BASE, TEXT, VISION, PLANNED, TRAINER), DECLARED, f"{PRETRAINED}._no_split_modules", None,
          "accelerate:FullyShardedDataParallelPlugin.set_auto_wrap_policy"),
-    Hook("_supports_flash_attn", (MODEL,), DECLARED, f"{PRETRAINED}._supports_flash_attn"),
-    Hook("_supports_sdpa", (MODEL,), DECLARED, f"{PRETRAINED}._supports_sdpa"),
-    Hook("_supports_flex_attn", (MODEL,), DECLARED, f"{PRETRAINED}._supports_flex_attn"),
-    Hook("_can_compile_fullgraph", (MODEL,), DECLARED, f"{PRETRAINED}._can_compile_fullgraph"),
-    Hook("_supports_attention_backend", (MODEL,), DECLARED, f"{PRETRAINED}._supports_attention_backend"),
+    Hook("_supports_flash_attn", (BASE,), DECLARED, f"{PRETRAINED}._supports_flash_attn"),
+    Hook("_supports_sdpa", (BASE,), DECLARED, f"{PRETRAINED}._supports_sdpa"),
+    Hook("_supports_flex_attn", (BASE,), DECLARED, f"{PRETRAINED}._supports_flex_attn"),
+    Hook("_can_compile_fullgraph", (BASE,), DECLARED, f"{PRETRAINED}._can_compile_fullgraph"),
+    Hook("_supports_attention_backend", (BASE,), DECLARED, f"{PRETRAINED}._supports_attention_backend"),
     Hook("_tied_weights_keys", (MODEL,), DECLARED, f"{PRETRAINED}._tied_weights_keys", None,
          f"{PRETRAINED}.get_expanded_tied_weights_keys"),
     Hook("_tp_plan", (MODEL,), DECLARED, f"{PRETRAINED}._tp_plan", None, f"{PRETRAINED}.supports_tp_plan"),
     Hook("_can_record_outputs", (TEXT,), DECLARED, "transformers:LlamaModel._can_record_outputs"),
-    Hook("_init_weights", (MODEL, TEXT), "the way of transformers to start new weights", f"{PRETRAINED}._init_weights",
+    Hook("_init_weights", (BASE, TEXT), "the way of transformers to start new weights", f"{PRETRAINED}._init_weights",
          "(self, module)", f"{PRETRAINED}._initialize_weights"),
     Hook("_from_config", ("modeling_agevlm/backbones_agevlm.py", VISION), "classes of ours that no Auto class knows of",
          f"{PRETRAINED}._from_config", "(config, **kwargs)"),
@@ -99,11 +103,11 @@ HOOKS = [
          "sam2.sam2_image_predictor:SAM2ImagePredictor._prep_prompts"),
     Hook("_predict", ("src/age_vlm/grounding/sam2_package.py",), "as above",
          "sam2.sam2_image_predictor:SAM2ImagePredictor._predict"),
-    Hook("torch._subclasses.fake_tensor", ("src/age_vlm/planning/fake_step.py",), "tensors without content",
+    Hook("torch._subclasses.fake_tensor", ("src/age_vlm/commands/planning/fake_step.py",), "tensors without content",
          "torch._subclasses.fake_tensor:FakeTensorMode"),
-    Hook("torch.utils._python_dispatch", ("src/age_vlm/planning/fake_step.py", "src/age_vlm/planning/peak_memory.py"),
+    Hook("torch.utils._python_dispatch", ("src/age_vlm/commands/planning/fake_step.py", "src/age_vlm/commands/planning/peak_memory.py"),
          "the only way to see each operation", "torch.utils._python_dispatch:TorchDispatchMode"),
-    Hook("torch.utils._pytree", ("src/age_vlm/planning/peak_memory.py",), "what an operation returns may be nested",
+    Hook("torch.utils._pytree", ("src/age_vlm/commands/planning/peak_memory.py",), "what an operation returns may be nested",
          "torch.utils._pytree:tree_leaves", "(tree, is_leaf)"),
 ]  # fmt: skip
 

@@ -11,9 +11,9 @@ from ..configuration import IMAGE_SIZES, preset_config
 from ..errors import UserError, checkpoint_errors
 from ..hub import load_checkpoint
 from ..modeling_agevlm import AgeVlmForConditionalGeneration
-from ..modeling_agevlm.backbones_agevlm import reserved_image_token
 from ..modeling_agevlm.components_agevlm import component_of
 from ..processing import AgeVlmProcessor, whole_image_processor
+from ..processing.backbone_files_agevlm import reserved_image_token
 from .recipe import PREVIOUS, ModelRecipe, TrainingRecipe
 from .sources import DataSource
 

@@ -16,8 +16,8 @@ from ...configuration import IMAGE_SIZES, AgeVlmConfig, preset_config
 from ...data.collator import AgeVlmCollator
 from ...errors import UserError, checkpoint_errors
 from ...modeling_agevlm import AgeVlmForConditionalGeneration
-from ...modeling_agevlm.backbones_agevlm import load_part
 from ...processing import AgeVlmProcessor, ImageGeometry, image_geometry, whole_image_processor
+from ...processing.backbone_files_agevlm import load_component
 from ..build import build_model, set_trainable
 from ..recipe import PREVIOUS, ModelRecipe, Recipe
 from ..sources import DataSource, load_sources
@@ -180,8 +180,8 @@ def _read_checkpoint(recipe: ModelRecipe) -> tuple[AgeVlmConfig, AgeVlmProcessor
 
 
 def _read_backbones(recipe: ModelRecipe) -> tuple[AgeVlmConfig, AgeVlmProcessor]:
-    text = load_part("model.text", recipe.text, AutoConfig)
-    whole = load_part("model.vision", recipe.vision, AutoConfig)
+    text = load_component("model.text", recipe.text, AutoConfig)
+    whole = load_component("model.vision", recipe.vision, AutoConfig)
     vision = getattr(whole, "vision_config", whole)
     if vision.model_type == "timm_wrapper" and vision.model_args:
         vision.model_args.pop("num_classes", None)
