@@ -55,6 +55,27 @@ class ImageGeometry:
         horizontal = _overlap(self.source_edges(1, columns), self.source[1])
         return vertical @ masks.float() @ horizontal.T
 
+    def to_source(self, maps: torch.Tensor) -> torch.Tensor:
+        """Values on a grid over the model's input, on the pixels of the source: bilinear, 0 where the model sees nothing.
+
+        Args:
+            maps: (maps, rows, columns).
+
+        Returns:
+            (maps, height, width) float32.
+        """
+        axes, inside = [], []
+        for axis in (0, 1):
+            start, end = self.source_edges(axis, 1)
+            center = (torch.arange(self.source[axis], dtype=torch.float64) + 0.5 - start) / (end - start)
+            axes.append((2 * center - 1).float().to(maps.device))
+            inside.append(((center > 0) & (center < 1)).to(maps.device))
+        points = torch.stack([axes[1].expand(*self.source), axes[0][:, None].expand(*self.source)], -1)
+        values = torch.nn.functional.grid_sample(
+            maps.float()[None], points[None], padding_mode="border", align_corners=False
+        )[0]
+        return values * (inside[0][:, None] & inside[1])
+
 
 def _overlap(edges: torch.Tensor, pixels: int) -> torch.Tensor:
     """(cells, pixels): the part of each cell that lies in each pixel."""

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 
+import torch
 from transformers import AutoTokenizer
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ProcessorMixin
@@ -95,6 +96,38 @@ class AgeVlmProcessor(ProcessorMixin):
     def image_geometry(self, height: int, width: int) -> ImageGeometry:
         """Where pixels, masks and points of a `height` x `width` source land in `pixel_values`."""
         return image_geometry(self.image_processor, height, width)
+
+    def post_process_attention(
+        self, attention_maps: torch.Tensor, target_sizes: Sequence[tuple[int, int]]
+    ) -> list[torch.Tensor]:
+        """Attention on image tokens -> attention on the pixels of the images.
+
+        Args:
+            attention_maps: (images, rows, columns) or (images, tokens, rows, columns), as `attention_maps` of the model and
+                of what it generates.
+            target_sizes: height and width of each image, in pixels, as it was given to the processor.
+
+        Returns:
+            For each image (height, width) or (tokens, height, width) float32, bilinear between the image tokens and 0 where
+            the crop of the image processor shows the model nothing.
+
+        Raises:
+            ValueError: one sentence, for another number of sizes.
+        """
+        if attention_maps.ndim not in (3, 4):
+            raise ValueError(
+                f"attention_maps: got shape {tuple(attention_maps.shape)}, expected (images, rows, columns), or "
+                "(images, tokens, rows, columns)."
+            )
+        if len(target_sizes) != len(attention_maps):
+            raise ValueError(
+                f"target_sizes: got {len(target_sizes)}, expected one for each of {len(attention_maps)} images."
+            )
+        pixels = []
+        for maps, (height, width) in zip(attention_maps, target_sizes):
+            geometry = self.image_geometry(int(height), int(width))
+            pixels.append(geometry.to_source(maps) if maps.ndim == 3 else geometry.to_source(maps[None])[0])
+        return pixels
 
     def to_dict(self):
         return {**super().to_dict(), "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]}}

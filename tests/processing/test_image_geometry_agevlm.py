@@ -118,3 +118,26 @@ def test_a_resize_that_masks_cannot_follow_is_one_sentence(size):
 def test_padding_is_refused():
     with pytest.raises(ValueError, match="do_pad"):
         image_geometry(CLIPImageProcessor(do_pad=True), 20, 30)
+
+
+@settings(deadline=None)
+@given(st.integers(3, 70), st.integers(3, 70), st.sampled_from(list(PROCESSORS)), st.integers(1, 5), st.integers(1, 5))
+def test_a_map_lies_on_the_pixels_that_its_cells_are_of(height, width, name, rows, columns):
+    geometry = image_geometry(PROCESSORS[name], height, width)
+    maps = torch.rand(2, rows, columns)
+    pixels = geometry.to_source(maps)
+    assert pixels.shape == (2, height, width)
+    left, top, right, bottom = geometry.source_box
+    for y, x in {(0, 0), (height // 2, width // 3), (height - 1, width - 1)}:
+        down, across = (y + 0.5 - top) / (bottom - top), (x + 0.5 - left) / (right - left)
+        if not (0 < down < 1 and 0 < across < 1):
+            assert (pixels[:, y, x] == 0).all()
+            continue
+        # By the definition of bilinear: between the centres of the four cells around it.
+        u, v = min(max(down * rows - 0.5, 0), rows - 1), min(max(across * columns - 0.5, 0), columns - 1)
+        i, j = min(int(u), max(rows - 2, 0)), min(int(v), max(columns - 2, 0))
+        k, m = min(i + 1, rows - 1), min(j + 1, columns - 1)
+        du, dv = u - i, v - j
+        expected = (maps[:, i, j] * (1 - dv) + maps[:, i, m] * dv) * (1 - du)
+        expected = expected + (maps[:, k, j] * (1 - dv) + maps[:, k, m] * dv) * du
+        torch.testing.assert_close(pixels[:, y, x], expected, atol=1e-4, rtol=1e-4)

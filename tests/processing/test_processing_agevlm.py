@@ -244,3 +244,22 @@ def test_geometry_is_the_image_processor_s(tokenizer):
         CLIPImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}), tokenizer
     )
     assert cropping.image_geometry(40, 80).offset == (4, 24)
+
+
+@torch.no_grad()
+def test_attention_is_put_on_the_pixels_of_each_image(model, processor):
+    sizes = [(40, 60), (90, 30)]
+    images = [Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
+    text = [f"{processor.image_token} what is it"] * 2
+    inputs = processor(images=images, text=text, return_tensors="pt")
+    output = model.generate(
+        **inputs, max_new_tokens=3, min_new_tokens=3, output_attention_maps=True, return_dict_in_generate=True
+    )
+    pixels = processor.post_process_attention(output.attention_maps, sizes)
+    assert [tuple(each.shape) for each in pixels] == [(3, *size) for size in sizes]
+    (alone,) = processor.post_process_attention(output.attention_maps[1:, 0], sizes[1:])
+    assert torch.equal(alone, pixels[1][0]) and float(alone.max()) <= float(output.attention_maps[1, 0].max()) + 1e-6
+    with pytest.raises(ValueError, match="^target_sizes: got 1, expected one for each of 2 images"):
+        processor.post_process_attention(output.attention_maps, sizes[:1])
+    with pytest.raises(ValueError, match=r"^attention_maps: got shape \(4,\), expected"):
+        processor.post_process_attention(torch.rand(4), sizes)

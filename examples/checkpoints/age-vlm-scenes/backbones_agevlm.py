@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModel, LlamaForCausalLM
 from transformers.utils import logging
 
 from .configuration_agevlm import unknown_option
+from .backbone_files_agevlm import load_component, reserved_image_token
 from .chat_agevlm import CHAT_TEMPLATE, stop_at_end_of_turn
 from .vision_agevlm import drop_unused_head
 
@@ -25,20 +26,20 @@ def model_from_backbones(
     """See [`AgeVlmForConditionalGeneration.from_backbones`]; `model_class` is the class that it is called on."""
     if unknown := unknown_option(config_overrides):
         raise ValueError(unknown)
-    text_config = load_part("text", text, AutoConfig)
-    whole_vision_config = load_part("vision", vision, AutoConfig)
+    text_config = load_component("text", text, AutoConfig)
+    whole_vision_config = load_component("vision", vision, AutoConfig)
     vision_config = getattr(whole_vision_config, "vision_config", whole_vision_config)
     if text_config.model_type != "llama":
         raise ValueError(f"text: '{text}' is a '{text_config.model_type}' model, expected a Llama.")
     tokenizer = _tokenizer(text)
     if image_token_id is None:
         image_token_id = _image_token_id(text, text_config, tokenizer)
-    language_model, text_report = load_part("text", text, LlamaForCausalLM, dtype=dtype, output_loading_info=True)
+    language_model, text_report = load_component("text", text, LlamaForCausalLM, dtype=dtype, output_loading_info=True)
     dtype = language_model.dtype
     if vision_config.model_type == "timm_wrapper" and vision_config.model_args:
         # timm writes it into the arguments as well, where transformers would pass it twice.
         vision_config.model_args.pop("num_classes", None)
-    vision_tower, vision_report = load_part(
+    vision_tower, vision_report = load_component(
         "vision", vision, AutoModel, dtype=dtype, config=whole_vision_config, output_loading_info=True
     )
     vision_tower = getattr(vision_tower, "vision_model", vision_tower)
@@ -77,18 +78,6 @@ def model_from_backbones(
     return model.eval()
 
 
-def load_part(argument: str, name: str | os.PathLike, auto_class, **kwargs):
-    """`auto_class.from_pretrained`, whose failure is one ValueError that says what to do about `argument`."""
-    try:
-        return auto_class.from_pretrained(name, **kwargs)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{argument}: '{name}' could not be loaded; expected a folder with a saved model, or a Hub id that you may read "
-            f"(for a gated one accept its licence at https://huggingface.co/{name} and run `hf auth login`): "
-            f"{str(error).strip().splitlines()[0]}"
-        ) from error
-
-
 def _tokenizer(text: str | os.PathLike):
     from transformers import AutoTokenizer
 
@@ -105,19 +94,3 @@ def _image_token_id(text: str | os.PathLike, text_config, tokenizer) -> int:
         )
         return text_config.vocab_size - 1
     return reserved_image_token(tokenizer)[1]
-
-
-def reserved_image_token(tokenizer) -> tuple[str, int]:
-    """The first reserved special token of a Llama 3 tokenizer, as text and id: the vocabulary does not grow.
-
-    Raises:
-        ValueError: if the tokenizer reserves none; name a token of its vocabulary then.
-    """
-    added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
-    reserved = sorted((index, token) for token, index in added.items() if token.startswith("<|reserved_special_token_"))
-    if not reserved:
-        raise ValueError(
-            "image_token_id: the tokenizer has no `<|reserved_special_token_...|>`, expected the id of a token that stands "
-            "for an image."
-        )
-    return reserved[0][1], reserved[0][0]

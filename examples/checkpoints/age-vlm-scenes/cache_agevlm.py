@@ -34,6 +34,10 @@ class ImageCacheLayerMixin(CacheLayerMixin):
             self.image_values = torch.cat([self.image_values, values], dim=2)
             self.image_positions = torch.cat([self.image_positions, positions], dim=1)
 
+    def tokens_per_image(self) -> int:
+        first = self.image_positions.min(-1, keepdim=True).values
+        return int(((self.image_positions == first) & (first < NO_IMAGE)).sum(-1).max())
+
     def _map_images(self, function) -> None:
         if self.image_keys is not None:
             self.image_keys = function(self.image_keys)
@@ -111,3 +115,12 @@ def _fetched(cache: Cache, layer: ImageCacheLayerMixin) -> ImageCacheLayerMixin:
     if getattr(cache, "offloading", False) and layer.image_keys is not None:
         torch.cuda.default_stream(layer.device).wait_stream(cache.prefetch_stream)
     return layer
+
+
+def check_cache(cache: Cache | None, batch: int) -> None:
+    """Raises ValueError, one sentence, for a cache of another number of rows."""
+    for layer in cache.layers if cache is not None else ():
+        # A quantised layer may hold its text elsewhere.
+        for states in (getattr(layer, "keys", None), getattr(layer, "image_keys", None)):
+            if isinstance(states, torch.Tensor) and states.ndim == 4 and states.shape[0] != batch:
+                raise ValueError(f"cache: got a cache of {states.shape[0]} rows, expected {batch}.")

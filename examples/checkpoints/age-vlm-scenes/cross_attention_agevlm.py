@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import (
 from .configuration_agevlm import AgeVlmConfig
 from .cache_agevlm import NO_IMAGE, cached_images, image_cache_layer
 from .compat_agevlm import accepts_old_cache_name, capture_outputs, merge_with_config_defaults
-from .image_masks_agevlm import PlacedImages, packed_starts, places_to_slots, visible_places
+from .image_masks_agevlm import ImagesByRow, packed_starts, visible_images, visible_slots
 
 
 class AgeVlmGate(nn.Module):
@@ -125,31 +125,27 @@ def image_attention_implementation(config: LlamaConfig) -> str:
 
 
 def image_attention_maps(
-    rows: torch.Tensor,
+    named: torch.Tensor,
     queries: torch.Tensor,
     keys: torch.Tensor,
     visible: torch.Tensor,
     scaling: float,
-    repeats: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of the named text rows only, so that the layer itself can run any backend.
+    """Attention of the named queries alone, so that the layer itself can run any backend.
 
     Args:
-        rows: (maps, 2) batch index and text position.
+        named: (maps, 2) batch index and position.
         queries: (batch, heads, length, head_dim).
         keys: (batch, key-value heads, image tokens, head_dim).
         visible: (batch, length, image tokens) bool.
-        repeats: see [`VisibleImages`].
 
     Returns:
-        (maps, heads, image tokens), float32; zeros for a row that sees no picture.
+        (maps, heads, image tokens), float32; zeros for a query that sees no image.
     """
-    batch_index, position = rows.unbind(-1)
+    batch_index, position = named.unbind(-1)
     visible = visible[batch_index, position][:, None, None]
     queries = queries[batch_index, :, position].unflatten(1, (keys.shape[1], -1))
     scores = queries.float() @ keys[batch_index].float().transpose(-1, -2) * scaling
-    if repeats is not None:
-        scores = scores + repeats[batch_index, position][:, None, None]
     scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
     return (scores.softmax(-1) * visible).flatten(1, 2)
 
@@ -187,7 +183,7 @@ class AgeVlmCrossAttentionBlock(nn.Module):
         image_states: torch.Tensor | None,
         cache: Cache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(batch, length, width) -> the same, and the maps (maps, heads, image tokens) of the rows named in `images`."""
+        """(batch, length, width) -> the same, and the maps (maps, heads, image tokens) of the queries named in `images`."""
         output, _, queries, keys = self.attn(
             self.input_layernorm(hidden_states), image_states, images.mask, images.positions, cache
         )
@@ -196,9 +192,9 @@ class AgeVlmCrossAttentionBlock(nn.Module):
         hidden_states = hidden_states + torch.where(images.any_visible, self.attn_gate(output), nothing)
         output = self.mlp(self.post_attention_layernorm(hidden_states))
         hidden_states = hidden_states + torch.where(images.any_visible, self.mlp_gate(output), nothing)
-        if images.rows is None:
+        if images.queries is None:
             return hidden_states, None
-        maps = image_attention_maps(images.rows, queries, keys, images.visible, self.attn.scaling, images.repeats)
+        maps = image_attention_maps(images.queries, queries, keys, images.visible, self.attn.scaling)
         return hidden_states, all_heads(maps, self.attn.q_proj.weight)
 
 
@@ -212,17 +208,14 @@ class VisibleImages:
         mask: (batch, 1, length, image tokens), `visible` as the backend wants it; all open for rows that see nothing,
             so that no softmax runs over an empty set.
         positions: (batch, new image tokens), to be cached with the new keys.
-        rows: (maps, 2) the text rows whose maps are wanted.
-        repeats: (batch, length, image tokens) logarithm of how often a text row sees the picture, where image tokens that
-            it sees may share one: the attention is that to as many copies.
+        queries: (maps, 2) batch index and position of the queries whose maps are wanted.
     """
 
     visible: torch.Tensor
     any_visible: torch.Tensor
     mask: torch.Tensor
     positions: torch.Tensor | None = None
-    rows: torch.Tensor | None = None
-    repeats: torch.Tensor | None = None
+    queries: torch.Tensor | None = None
 
 
 class AgeVlmDecoderLayer(LlamaDecoderLayer):
@@ -251,7 +244,7 @@ class AgeVlmDecoderLayer(LlamaDecoderLayer):
 @dataclass
 class AgeVlmTextModelOutput(BaseModelOutputWithPastAndCrossAttentions):
     """`cross_attentions`: one (batch, heads, length, image tokens) a block, where the backend gives weights;
-    `cross_attention_maps`: one (maps, heads, image tokens) a block, for the rows that were named."""
+    `cross_attention_maps`: one (maps, heads, image tokens) a block, for the queries that were named."""
 
     cross_attention_maps: tuple[torch.Tensor, ...] | None = None
 
@@ -293,11 +286,11 @@ class AgeVlmTextModel(LlamaModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         image_states: torch.Tensor | None = None,
-        placed_images: PlacedImages | None = None,
-        cross_attention_rows: torch.Tensor | None = None,
+        images_by_row: ImagesByRow | None = None,
+        cross_attention_queries: torch.Tensor | None = None,
         **kwargs,
     ) -> AgeVlmTextModelOutput:
-        """`image_states`: (images, tokens, width) of the pictures that `placed_images` sorts by text row."""
+        """`image_states`: (images, tokens, width) of the pictures that `images_by_row` sorts by text row."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: expected exactly one of the two.")
         if inputs_embeds is None:
@@ -332,9 +325,9 @@ class AgeVlmTextModel(LlamaModel):
             cache=cache,
             position_ids=position_ids,
         )
-        image_states, images = self._visible_images(inputs_embeds, image_states, placed_images, queries, starts, cache)
+        image_states, images = self._visible_images(inputs_embeds, image_states, images_by_row, queries, starts, cache)
         if images is not None:
-            images.rows = cross_attention_rows
+            images.queries = cross_attention_queries
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
@@ -361,45 +354,41 @@ class AgeVlmTextModel(LlamaModel):
         )
 
     def _visible_images(
-        self, inputs_embeds, image_states, placed, queries, starts, cache
+        self, inputs_embeds, image_states, grouped, queries, starts, cache
     ) -> tuple[torch.Tensor | None, VisibleImages | None]:
-        """Image tokens sorted by text row (batch, tokens, width), and what each text row sees of them."""
+        """Image tokens sorted by row (batch, tokens, width), and what each query sees of them."""
         cached = cached_images(cache, self.cross_attention_layers[0])
-        if placed is None and cached is None:
+        if grouped is None and cached is None:
             return None, None
-        new_positions = repeats = None
-        if placed is None:
-            visible = visible_places(cached.image_positions.to(queries.device), queries, self.image_visibility)
+        new_positions = None
+        if grouped is None:
+            visible = visible_images(cached.image_positions.to(queries.device), queries, self.image_visibility)
         else:
             tokens = image_states.shape[1]
             if cache is None:
-                visible = visible_places(placed.positions, queries, self.image_visibility, starts)
-                if placed.slots is not None:
-                    times = places_to_slots(visible, placed.slots, placed.index.shape[1])
-                    visible = times > 0
-                    if self.image_visibility != "latest":
-                        repeats = times.clamp(min=1).log().repeat_interleave(tokens, dim=-1)
+                visible = visible_images(grouped.positions, queries, self.image_visibility, starts)
+                if grouped.slots is not None:
+                    visible = visible_slots(visible, grouped.slots, grouped.index.shape[1])
                 visible = visible.repeat_interleave(tokens, dim=-1)
             else:
-                placed = placed.unshared()
-                new_positions = placed.positions.repeat_interleave(tokens, dim=1)
+                new_positions = grouped.positions.repeat_interleave(tokens, dim=1)
                 positions = new_positions
                 if cached is not None:
                     positions = torch.cat([cached.image_positions.to(positions.device), positions], dim=1)
-                visible = visible_places(positions, queries, self.image_visibility)
-            image_states = image_states[placed.index.clamp(min=0)].flatten(1, 2)
+                visible = visible_images(positions, queries, self.image_visibility)
+            image_states = image_states[grouped.index.clamp(min=0)].flatten(1, 2)
 
         any_visible = visible.any(-1, keepdim=True)
         mask = (visible | ~any_visible)[:, None]
-        if image_attention_implementation(self.config) != "sdpa" or repeats is not None:
-            bias = torch.zeros_like(mask, dtype=inputs_embeds.dtype) if repeats is None else repeats[:, None]
-            mask = bias.to(inputs_embeds.dtype).masked_fill(~mask, torch.finfo(inputs_embeds.dtype).min)
-        return image_states, VisibleImages(visible, any_visible, mask, new_positions, repeats=repeats)
+        if image_attention_implementation(self.config) != "sdpa":
+            least = torch.finfo(inputs_embeds.dtype).min
+            mask = torch.zeros_like(mask, dtype=inputs_embeds.dtype).masked_fill(~mask, least)
+        return image_states, VisibleImages(visible, any_visible, mask, new_positions)
 
 
-def nothing_placed(batch: int, device: torch.device) -> PlacedImages:
+def unseen_images(batch: int, device: torch.device) -> ImagesByRow:
     """One picture in every row that no text sees: its parameters take part and get zero gradients."""
-    return PlacedImages(
+    return ImagesByRow(
         index=torch.zeros(batch, 1, dtype=torch.long, device=device),
         positions=torch.full((batch, 1), NO_IMAGE, device=device),
     )

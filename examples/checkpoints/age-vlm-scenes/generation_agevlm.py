@@ -1,9 +1,13 @@
 """Generation: images are given once, at the prefill, in the order of their tokens and without a batch dimension."""
 
+from math import prod
+
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from .attention_maps_agevlm import AttentionRecorder
+from .cache_agevlm import cached_images
 from .compat_agevlm import accepts_old_cache_name
 from .image_masks_agevlm import check_image_count
 
@@ -21,7 +25,7 @@ class NoImageTokens(LogitsProcessor):
 
 
 class AgeVlmGenerationMixin(GenerationMixin):
-    """`GenerationMixin` for a model whose `model` has `find_image_tokens`."""
+    """`GenerationMixin` for a model that has an `image_grid`, and whose `model` has `find_image_tokens`."""
 
     @accepts_old_cache_name
     def generate(
@@ -30,12 +34,18 @@ class AgeVlmGenerationMixin(GenerationMixin):
         generation_config: GenerationConfig | None = None,
         logits_processor: LogitsProcessorList | None = None,
         *args,
+        output_attention_maps: bool = False,
         **kwargs,
     ):
         """As `GenerationMixin.generate`; the image token is never generated, whatever the settings.
 
+        Args:
+            output_attention_maps: with `return_dict_in_generate=True`, return where the model looked when it predicted each
+                token, see [`AgeVlmGenerateOutput`]: of the layers and heads that were aligned in training.
+
         Raises:
-            ValueError: one sentence, for images in a prefill by chunks, or assisted decoding on a cache that holds text.
+            ValueError: one sentence, for images in a prefill by chunks, assisted decoding on a cache that holds text, or maps
+                of assisted decoding or without `return_dict_in_generate`.
         """
 
         def setting(name: str):
@@ -48,15 +58,43 @@ class AgeVlmGenerationMixin(GenerationMixin):
                 f"prefill_chunk_size: got {setting('prefill_chunk_size')} with images, expected None: a chunk would lose the "
                 "images of the others."
             )
-        assisted = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+        names = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+        assisted = next((name for name in names if setting(name) is not None), None)
         cached = kwargs["cache"].get_seq_length() if kwargs.get("cache") is not None else 0
-        if cached and any(setting(name) is not None for name in assisted):
+        if cached and assisted:
             raise ValueError(
                 f"cache: got a cache of {cached} tokens for assisted decoding, expected an empty one: transformers (5.24) would "
                 "read them a second time."
             )
         processors = LogitsProcessorList([*(logits_processor or ()), NoImageTokens(self.config.image_token_id)])
-        return super().generate(inputs, generation_config, processors, *args, **kwargs)
+        if not (setting("return_dict_in_generate") and (output_attention_maps or setting("output_attentions"))):
+            if output_attention_maps:
+                raise ValueError("output_attention_maps: got True, expected return_dict_in_generate=True with it.")
+            return super().generate(inputs, generation_config, processors, *args, **kwargs)
+        if assisted and output_attention_maps:
+            raise ValueError(
+                f"output_attention_maps: got True with {assisted}, expected one of the two: several tokens come of one step."
+            )
+        recorder = AttentionRecorder(self._grid_of(kwargs) if output_attention_maps else None, self.alignment)
+        output = super().generate(inputs, generation_config, processors, *args, **kwargs, attention_recorder=recorder)
+        given = next((value for value in (inputs, kwargs.get("input_ids")) if value is not None), None)
+        return recorder.completed(output, 0 if given is None else given.shape[1])
+
+    def _grid_of(self, kwargs) -> tuple[int, int] | None:
+        """Rows and columns of the image tokens of the images that are given or in the cache; None without any."""
+        if kwargs.get("pixel_values") is not None:
+            return self.image_grid(tuple(kwargs["pixel_values"].shape[-2:]))
+        encoded, cached = _encoded(kwargs), cached_images(kwargs.get("cache"), self.config.cross_attention_layers[0])
+        if encoded is None and cached is None:
+            return None
+        tokens = encoded.pooler_output.shape[1] if cached is None else cached.tokens_per_image()
+        known = [self.image_grid(), *self.model.image_grids.values()]
+        if (found := next((grid for grid in known if prod(grid) == tokens), None)) is None:
+            raise ValueError(
+                f"output_attention_maps: got images of {tokens} tokens, expected pixel_values, or images of "
+                f"{' or '.join(f'{rows} x {columns}' for rows, columns in known)} tokens."
+            )
+        return found
 
     def prepare_inputs_for_generation(
         self,
@@ -65,12 +103,21 @@ class AgeVlmGenerationMixin(GenerationMixin):
         inputs_embeds=None,
         mm_encoder_outputs=None,
         image_token_mask=None,
+        attention_recorder=None,
         is_first_iteration=False,
         **kwargs,
     ):
         model_inputs = super().prepare_inputs_for_generation(
             input_ids, cache=cache, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
+        if attention_recorder is not None and attention_recorder.grid is not None:
+            given = model_inputs.get("inputs_embeds")
+            given = model_inputs["input_ids"] if given is None else given
+            batch = torch.arange(given.shape[0], device=given.device)
+            # The last query of a row is the one that predicts.
+            model_inputs["cross_attention_queries"] = torch.stack(
+                [batch, torch.full_like(batch, given.shape[1] - 1)], -1
+            )
         encoded = (mm_encoder_outputs or {}).get("image")
         if encoded is None or not (is_first_iteration or not kwargs.get("use_cache", True)):
             return model_inputs
@@ -92,6 +139,11 @@ class AgeVlmGenerationMixin(GenerationMixin):
                 encoded = BaseModelOutputWithPooling(pooler_output=kept) if len(kept) else None
         model_inputs["mm_encoder_outputs"] = {"image": encoded}
         return model_inputs
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
+        if model_kwargs.get("attention_recorder") is not None:
+            model_kwargs["attention_recorder"].add(outputs)
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids=None, **model_kwargs

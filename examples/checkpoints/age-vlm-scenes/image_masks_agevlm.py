@@ -1,4 +1,4 @@
-"""Which text row sees which picture, derived from the places of the image tokens alone.
+"""Which query sees which image, derived from the positions of the image tokens alone.
 
 Nothing of text length travels beside `input_ids`, so truncation, padding and packing cannot make the two disagree.
 """
@@ -11,56 +11,50 @@ from .cache_agevlm import NO_IMAGE
 
 
 @dataclass
-class PlacedImages:
-    """The pictures of a batch, sorted by text row.
+class ImagesByRow:
+    """The images of a batch, sorted by the row of the text that they are in.
 
     Attributes:
-        index: (batch, slots) the picture in each slot of a row, -1 where the row has fewer.
-        positions: (batch, places) where in the text the row's image tokens stand, `NO_IMAGE` for padding.
-        slots: (batch, places) the slot that an image token refers to, or `None` if place and slot are the same.
+        index: (batch, slots) the image in each slot of a row, -1 where the row has fewer.
+        positions: (batch, image tokens) where in the text the row's image tokens stand, `NO_IMAGE` for padding.
+        slots: (batch, image tokens) the slot that an image token refers to, where several may share one; else `None`: each
+            has its own, in order.
     """
 
     index: torch.Tensor
     positions: torch.Tensor
     slots: torch.Tensor | None = None
 
-    def unshared(self) -> "PlacedImages":
-        """A copy of the picture for each image token: in a cache, where new text follows, place and slot are the same."""
-        if self.slots is None:
-            return self
-        index = self.index.gather(1, self.slots)
-        return PlacedImages(index.masked_fill(self.positions == NO_IMAGE, -1), self.positions)
-
 
 # `torch.export` of the language model alone, as transformers' exporters do for generation, takes tensors out of it.
-torch.export.register_dataclass(PlacedImages, serialized_type_name=f"{__name__}.PlacedImages")
+torch.export.register_dataclass(ImagesByRow, serialized_type_name=f"{__name__}.ImagesByRow")
 
 
-def place_images(
+def group_images_by_row(
     is_image: torch.Tensor, image_indices: torch.Tensor | None = None, offset: int | torch.Tensor = 0
-) -> PlacedImages:
-    """Sorts pictures, given in the order of their tokens, by text row.
+) -> ImagesByRow:
+    """Sorts images, given in the order of their tokens, by row.
 
     Args:
-        is_image: (batch, length) whether a token stands for a picture; at least one does.
-        image_indices: (image tokens,) the picture that each image token stands for, in row-major order, where several
-            share one (packed questions about the same picture). Each has its own when left out.
+        is_image: (batch, length) whether a token stands for an image; at least one does.
+        image_indices: (image tokens,) the image that each image token stands for, in row-major order, where several
+            share one (packed questions about the same image). Each has its own when left out.
         offset: tokens already in the cache before this text.
     """
     counts = is_image.sum(-1)
-    places = int(counts.max())
-    ordinal = torch.arange(places, device=is_image.device)
+    most = int(counts.max())
+    ordinal = torch.arange(most, device=is_image.device)
     present = ordinal < counts[:, None]
     # A stable sort brings the image tokens of each row to the front, in order.
-    positions = torch.sort(~is_image, dim=-1, stable=True).indices[:, :places]
+    positions = torch.sort(~is_image, dim=-1, stable=True).indices[:, :most]
     positions = torch.where(present, positions + offset, NO_IMAGE)
     first = counts.cumsum(0) - counts
     token = first[:, None] + ordinal
     if image_indices is None:
-        return PlacedImages(index=torch.where(present, token, -1), positions=positions)
+        return ImagesByRow(index=torch.where(present, token, -1), positions=positions)
 
     image = image_indices[token.clamp(max=len(image_indices) - 1)]
-    # Slots are the distinct pictures of a row; duplicates are moved behind them.
+    # Slots are the distinct images of a row; duplicates are moved behind them.
     image = torch.where(present, image, NO_IMAGE)
     ordered = image.sort(-1).values
     is_new = torch.ones_like(ordered, dtype=torch.bool)
@@ -69,7 +63,7 @@ def place_images(
     width = int(is_new.sum(-1).max())
     distinct = torch.where(is_new, ordered, NO_IMAGE).sort(-1).values[:, :width]
     slots = (image[:, :, None] == distinct[:, None, :]).int().argmax(-1)
-    return PlacedImages(index=torch.where(distinct == NO_IMAGE, -1, distinct), positions=positions, slots=slots)
+    return ImagesByRow(index=torch.where(distinct == NO_IMAGE, -1, distinct), positions=positions, slots=slots)
 
 
 def packed_starts(position_ids: torch.Tensor, batch: int) -> torch.Tensor:
@@ -80,19 +74,19 @@ def packed_starts(position_ids: torch.Tensor, batch: int) -> torch.Tensor:
     return starts.cummax(-1).values
 
 
-def visible_places(
+def visible_images(
     positions: torch.Tensor, queries: torch.Tensor, visibility: str, starts: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Which image tokens (or cached keys of their pictures) each text token sees.
+    """Which image tokens (or cached keys of their images) each query sees.
 
     Args:
-        positions: (batch, places) where they stand, `NO_IMAGE` for padding.
-        queries: (length,) places of the text tokens.
+        positions: (batch, image tokens) where they stand, `NO_IMAGE` for padding.
+        queries: (length,) positions of the queries.
         visibility: `"latest"` or `"all_previous"`.
-        starts: (batch, length) first place of each token's packed sequence, if any are packed.
+        starts: (batch, length) first position of each query's packed sequence, if any are packed.
 
     Returns:
-        (batch, length, places) bool.
+        (batch, length, image tokens) bool.
     """
     visible = positions[:, None, :] <= queries[None, :, None]
     if starts is not None:
@@ -103,10 +97,27 @@ def visible_places(
     return visible
 
 
-def places_to_slots(visible: torch.Tensor, slots: torch.Tensor, num_slots: int) -> torch.Tensor:
-    """(batch, length, places) -> (batch, length, num_slots): how many of the image tokens seen refer to each picture."""
+def visible_slots(visible: torch.Tensor, slots: torch.Tensor, num_slots: int) -> torch.Tensor:
+    """Which slots each query sees, from the image tokens that it sees and the slot of each.
+
+    Args:
+        visible: (batch, length, image tokens) bool.
+        slots: (batch, image tokens).
+
+    Returns:
+        (batch, length, num_slots) bool.
+
+    Raises:
+        ValueError: where a query sees two image tokens of one image.
+    """
     refers = slots[:, :, None] == torch.arange(num_slots, device=slots.device)
-    return (visible[:, :, :, None] & refers[:, None]).sum(2)
+    times = (visible[:, :, :, None] & refers[:, None]).sum(2)
+    if not torch.compiler.is_compiling() and (times > 1).any():
+        raise ValueError(
+            "image_indices: got one image for two image tokens of a text, expected copies of it: with "
+            "image_visibility='all_previous' its tokens would count once."
+        )
+    return times > 0
 
 
 def check_image_count(tokens: int, images: int, image_indices: torch.Tensor | None) -> None:

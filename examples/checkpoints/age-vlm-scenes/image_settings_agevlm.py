@@ -8,6 +8,8 @@ import torch
 from transformers import AutoConfig, AutoImageProcessor, CLIPImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from .backbone_files_agevlm import load_component
+
 
 def whole_image_processor(size: int | Sequence[int], **settings) -> CLIPImageProcessor:
     """CLIP's image processor, which here stretches the whole picture to `size` (a side, or height and width, pixels): what
@@ -27,13 +29,11 @@ def encoder_image_processor(vision: str | os.PathLike, image_size: int | Sequenc
         ValueError: one sentence, for an encoder that cannot be read, or whose image processor does something else to a
             picture than resize it, crop it and map its colours.
     """
-    from .backbones_agevlm import load_part
-
-    config = load_part("vision", vision, AutoConfig)
+    config = load_component("vision", vision, AutoConfig)
     if config.model_type == "timm_wrapper":
         # timm's own processor can neither be saved beside a model nor tell what it does to a mask.
         return _timm_image_processor(getattr(config, "pretrained_cfg", None) or {}, image_size)
-    own = load_part("vision", vision, AutoImageProcessor)
+    own = load_component("vision", vision, AutoImageProcessor)
     names = ("resample", "rescale_factor", "image_mean", "image_std")
     settings = {name: getattr(own, name) for name in names if getattr(own, name, None) is not None}
     for name in ("do_rescale", "do_normalize"):

@@ -1,31 +1,28 @@
 """AGE-VLM (Mahajan et al., arXiv 2511.17793): a Llama that looks at pictures through gated cross-attention."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedModel
-from transformers import initialization as init
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPooling,
-    MultimodalBaseModelOutputWithPast,
-    MultimodalCausalLMOutputWithPast,
-)
+from transformers import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .configuration_agevlm import AgeVlmConfig
+from .attention_maps_agevlm import check_queries, mean_attention
 from .backbones_agevlm import model_from_backbones
+from .cache_agevlm import check_cache
 from .compat_agevlm import accepts_old_cache_name
-from .cross_attention_agevlm import AgeVlmGate, AgeVlmTextModel, nothing_placed
-from .frozen_agevlm import keep_frozen_still
+from .cross_attention_agevlm import AgeVlmTextModel, unseen_images
 from .generation_agevlm import AgeVlmGenerationMixin
-from .image_masks_agevlm import check_image_count, place_images
+from .image_masks_agevlm import check_image_count, group_images_by_row
+from .outputs_agevlm import AgeVlmCausalLMOutputWithPast, AgeVlmModelOutputWithPast
+from .pretrained_agevlm import AgeVlmPreTrainedModel
 from .vision_agevlm import (
     AgeVlmMultiModalProjector,
-    AgeVlmProjection,
-    AgeVlmTimmWrapperModel,
     drop_unused_head,
     feature_map,
     image_shape,
@@ -39,96 +36,6 @@ from .vision_agevlm import (
 logger = logging.get_logger(__name__)
 
 
-@dataclass
-class AgeVlmModelOutputWithPast(MultimodalBaseModelOutputWithPast):
-    """
-    Attributes:
-        image_outputs: of `get_image_features`; `pooler_output` are the image tokens, (images, tokens, text width).
-        cross_attentions: one (batch, heads, length, image tokens) a block, for `output_attentions=True` under eager.
-        cross_attention_maps: one (maps, heads, image tokens) a block, for `cross_attention_rows`, under every backend.
-        Others: as for any model with images.
-    """
-
-    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
-    cross_attention_maps: tuple[torch.FloatTensor, ...] | None = None
-
-
-@dataclass
-class AgeVlmCausalLMOutputWithPast(MultimodalCausalLMOutputWithPast):
-    """As [`AgeVlmModelOutputWithPast`], with `loss` and `logits`."""
-
-    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
-    cross_attention_maps: tuple[torch.FloatTensor, ...] | None = None
-
-
-class AgeVlmPreTrainedModel(PreTrainedModel):
-    config: AgeVlmConfig
-    config_class = AgeVlmConfig
-    base_model_prefix = "model"
-    input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["LlamaDecoderLayer", "AgeVlmDecoderLayer", "AgeVlmTimmWrapperModel"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _can_compile_fullgraph = True
-    _supports_attention_backend = True
-
-    @torch.no_grad()
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        if isinstance(module, AgeVlmGate):
-            init.constant_(module.weight, module.start)
-        elif isinstance(module, AgeVlmProjection):
-            init.normal_(module.weight, std=module.in_features**-0.5)
-
-    def train(self, mode: bool = True) -> "AgeVlmPreTrainedModel":
-        """As `nn.Module.train`, but what does not learn has no dropout and keeps its running statistics; call it after
-        `requires_grad_` has been."""
-        super().train(mode)
-        return keep_frozen_still(self) if mode else self
-
-    def activation_checkpointing_enable(self, *args, **kwargs) -> None:
-        super().activation_checkpointing_enable(*args, **kwargs)
-        self._checkpoint_timm_encoder(True)
-
-    def activation_checkpointing_disable(self) -> None:
-        super().activation_checkpointing_disable()
-        self._checkpoint_timm_encoder(False)
-
-    def _checkpoint_timm_encoder(self, enable: bool) -> None:
-        # transformers switches its own layers, and leaves out an encoder of timm inside another model.
-        for module in self.modules():
-            if isinstance(module, AgeVlmTimmWrapperModel) and module.supports_gradient_checkpointing:
-                module.timm_model.set_grad_checkpointing(enable)
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        # All weights start through `transformers.initialization`. Of code of which it cannot know that, transformers passes
-        # over modules without parameters of their own, and a CLIP's attention would not start its projections.
-        return False
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
-        """As `PreTrainedModel.from_pretrained`, which logs what a checkpoint lacks and starts it at random: here it is an error.
-
-        Raises:
-            ValueError: one sentence, where weights are missing; with `output_loading_info=True` they are listed instead.
-        """
-        model, report = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
-        if output_loading_info:
-            return model, report
-        # Without a name the weights are the caller's own `state_dict`.
-        if pretrained_model_name_or_path is not None and (missing := sorted(report["missing_keys"])):
-            raise ValueError(
-                f"weights: '{pretrained_model_name_or_path}' lacks {len(missing)} of {cls.__name__}, first "
-                f"{', '.join(missing[:3])}; expected all of them (output_loading_info=True starts them at random)."
-            )
-        return model
-
-
 class AgeVlmModel(AgeVlmPreTrainedModel):
     """Vision encoder, projector and language model, without a language modelling head."""
 
@@ -140,7 +47,66 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
             vision_width(self.vision_tower, config.vision_config), config.text_config.hidden_size
         )
         self.language_model = AgeVlmTextModel(config)
+        self.image_grids: dict[tuple[int, int], tuple[int, int]] = {}
         self.post_init()
+
+    @torch.no_grad()
+    def image_grid(self, image_size: tuple[int, int] | None = None) -> tuple[int, int]:
+        """Rows and columns of the image tokens of an image, found with a blank one and kept.
+
+        Args:
+            image_size: height and width of `pixel_values`, those of the encoder's configuration when left out.
+        """
+        channels, *default = image_shape(self.config.vision_config)
+        height, width = image_size or default
+        if (height, width) not in self.image_grids:
+            tower = self.vision_tower
+            training = [module for module in tower.modules() if module.training]
+            tower.eval()  # a blank image is nothing to take statistics of
+            blank = torch.zeros(1, channels, height, width, device=tower.device, dtype=tower.dtype)
+            states = feature_map(tower, tower(blank, return_dict=True).last_hidden_state)
+            _, *grid = token_grid(states, tower, self.config.vision_config, (height, width))
+            for module in training:
+                module.training = True
+            self.image_grids[height, width] = tuple(grid)
+        return self.image_grids[height, width]
+
+    def attention_maps(
+        self,
+        cross_attention_queries: torch.LongTensor,
+        *,
+        layers: Sequence[int] | None = None,
+        heads: Sequence[int] | None = None,
+        **inputs,
+    ) -> torch.FloatTensor:
+        """Where the model looks: one forward pass, and of it the maps of some queries.
+
+        Args:
+            cross_attention_queries: (maps, 2) batch index and position of each.
+            layers: cross-attention blocks, counted from 0 among the blocks; those that were aligned in training when left
+                out, the first where the configuration does not say.
+            heads: the aligned ones when left out, the first half where the configuration does not say.
+            inputs: of [`AgeVlmModel.forward`], `pixel_values` among them.
+
+        Returns:
+            (maps, rows, columns) float32, on the image that a query sees, or on the last one of several. It sums to 1, to less
+            where other images are seen, and to 0 where none is.
+
+        Raises:
+            ValueError: one sentence, without images, or for a block or head that is not there.
+        """
+        if inputs.get("pixel_values") is None:
+            raise ValueError("pixel_values: got none, expected the images to look at.")
+        maps = self(**inputs, cross_attention_queries=cross_attention_queries).cross_attention_maps
+        if maps is None:
+            raise ValueError("pixel_values: got no image, expected at least one.")
+        alignment = self.alignment
+        if layers is not None:
+            alignment = replace(alignment, layers=layers)
+        if heads is not None:
+            alignment = replace(alignment, heads=heads)
+        layers, heads = alignment.layer_indices(len(maps)), alignment.head_indices(maps[0].shape[1])
+        return mean_attention(maps, self.image_grid(tuple(inputs["pixel_values"].shape[-2:])), layers, heads)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -176,6 +142,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         tokens, rows, columns = token_grid(
             states, self.vision_tower, self.config.vision_config, tuple(pixel_values.shape[-2:])
         )
+        self.image_grids[tuple(pixel_values.shape[-2:])] = rows, columns
         tokens = self.multi_modal_projector(tokens)
         return BaseModelOutputWithPooling(
             last_hidden_state=last_hidden_state,
@@ -231,7 +198,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         image_indices: torch.LongTensor | None = None,
         image_token_mask: torch.BoolTensor | None = None,
-        cross_attention_rows: torch.LongTensor | None = None,
+        cross_attention_queries: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> AgeVlmModelOutputWithPast:
@@ -243,7 +210,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
                 sees only its own picture.
             image_token_mask: (batch, length), with `inputs_embeds`: which of them stand for an image, see `find_image_tokens`.
             image_indices: (image tokens,) which picture each image token stands for, where several share one.
-            cross_attention_rows: (maps, 2) batch index and position of the text rows whose attention maps are wanted.
+            cross_attention_queries: (maps, 2) batch index and position of the text rows whose attention maps are wanted.
             mm_encoder_outputs: `{"image": output of get_image_features}` in the place of `pixel_values`.
 
         Raises:
@@ -260,8 +227,8 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         batch, length = inputs_embeds.shape[:2]
-        _check_cache(cache, batch)
-        _check_rows(cross_attention_rows, batch, length)
+        check_cache(cache, batch)
+        check_queries(cross_attention_queries, batch, length)
 
         if pixel_values is not None and len(pixel_values) == 0:
             check_image_count(
@@ -270,19 +237,24 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         elif pixel_values is not None:
             encoded = self.get_image_features(pixel_values, return_dict=True)
         image_states = encoded.pooler_output if encoded is not None else None
+        if image_states is not None and image_indices is not None and (cache is not None or kwargs["use_cache"]):
+            # In a cache, where new text follows, each image token has an image of its own.
+            is_image = self.find_image_tokens(input_ids, inputs_embeds, image_token_mask)
+            check_image_count(int(is_image.sum()), len(image_states), image_indices)
+            image_states, image_indices = image_states[image_indices], None
         placed = None
         if image_states is not None:
             image_states = image_states.to(inputs_embeds.device, inputs_embeds.dtype)
             is_image = self.find_image_tokens(input_ids, inputs_embeds, image_token_mask)
             check_image_count(int(is_image.sum()), image_states.shape[0], image_indices)
             past_length = cache.get_seq_length() if cache is not None else 0
-            placed = place_images(is_image, image_indices, past_length)
+            placed = group_images_by_row(is_image, image_indices, past_length)
         elif cache is None and not torch.compiler.is_compiling():
             if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
                 # All ranks must run, and reduce, the same parameters; a rank without a picture gives them zeros.
                 blank = inputs_embeds.new_zeros(1, *image_shape(self.config.vision_config))
                 image_states = self.get_image_features(blank, return_dict=True).pooler_output.to(inputs_embeds.dtype)
-                placed = nothing_placed(batch, inputs_embeds.device)
+                placed = unseen_images(batch, inputs_embeds.device)
             elif input_ids is not None and (input_ids == self.config.image_token_id).any():
                 logger.warning_once("Got image tokens but no pictures: these rows are treated as text.")
 
@@ -292,8 +264,8 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
             cache=cache,
             inputs_embeds=inputs_embeds,
             image_states=image_states,
-            placed_images=placed,
-            cross_attention_rows=cross_attention_rows,
+            images_by_row=placed,
+            cross_attention_queries=cross_attention_queries,
             **kwargs,
         )
         return AgeVlmModelOutputWithPast(**outputs, image_outputs=encoded)
@@ -320,6 +292,14 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, AgeVlmGenerationMixi
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
+    def image_grid(self, image_size: tuple[int, int] | None = None) -> tuple[int, int]:
+        """See [`AgeVlmModel.image_grid`]."""
+        return self.model.image_grid(image_size)
+
+    def attention_maps(self, cross_attention_queries: torch.LongTensor, **inputs) -> torch.FloatTensor:
+        """See [`AgeVlmModel.attention_maps`]."""
+        return self.model.attention_maps(cross_attention_queries, **inputs)
+
     def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> BaseModelOutputWithPooling:
         """See [`AgeVlmModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
@@ -337,7 +317,7 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, AgeVlmGenerationMixi
         labels: torch.LongTensor | None = None,
         image_indices: torch.LongTensor | None = None,
         image_token_mask: torch.BoolTensor | None = None,
-        cross_attention_rows: torch.LongTensor | None = None,
+        cross_attention_queries: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
@@ -358,7 +338,7 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, AgeVlmGenerationMixi
             inputs_embeds=inputs_embeds,
             image_indices=image_indices,
             image_token_mask=image_token_mask,
-            cross_attention_rows=cross_attention_rows,
+            cross_attention_queries=cross_attention_queries,
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
@@ -411,28 +391,6 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, AgeVlmGenerationMixi
             ValueError: one sentence, for a folder that is not there, a gated repository, or another kind of model.
         """
         return model_from_backbones(cls, text, vision, image_token_id, dtype, config_overrides)
-
-
-def _check_cache(cache: Cache | None, batch: int) -> None:
-    for layer in cache.layers if cache is not None else ():
-        # A quantised layer may hold its text elsewhere.
-        for states in (getattr(layer, "keys", None), getattr(layer, "image_keys", None)):
-            if isinstance(states, torch.Tensor) and states.ndim == 4 and states.shape[0] != batch:
-                raise ValueError(f"cache: got a cache of {states.shape[0]} rows, expected {batch}.")
-
-
-def _check_rows(rows: torch.Tensor | None, batch: int, length: int) -> None:
-    if rows is None or torch.compiler.is_compiling():
-        return
-    if rows.ndim != 2 or rows.shape[1] != 2:
-        raise ValueError(
-            f"cross_attention_rows: got shape {tuple(rows.shape)}, expected (maps, 2): batch index and position."
-        )
-    if len(rows) and ((rows < 0).any() or int(rows[:, 0].max()) >= batch or int(rows[:, 1].max()) >= length):
-        raise ValueError(
-            f"cross_attention_rows: got {rows[(rows < 0).any(-1) | (rows[:, 0] >= batch) | (rows[:, 1] >= length)][0].tolist()}, "
-            f"expected a row of the {batch} x {length} text."
-        )
 
 
 __all__ = ["AgeVlmForConditionalGeneration", "AgeVlmModel", "AgeVlmPreTrainedModel"]

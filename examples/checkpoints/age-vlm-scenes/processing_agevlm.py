@@ -3,11 +3,13 @@
 import os
 from collections.abc import Iterator, Sequence
 
+import torch
 from transformers import AutoTokenizer
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ProcessorMixin
 
 from .checkpoint_code_agevlm import AUTO_MAP, save_with_code
+from .backbone_files_agevlm import load_component, reserved_image_token
 from .chat_agevlm import CHAT_TEMPLATE, template_with_images
 from .image_geometry_agevlm import ImageGeometry, image_geometry
 from .image_settings_agevlm import encoder_image_processor
@@ -95,6 +97,38 @@ class AgeVlmProcessor(ProcessorMixin):
         """Where pixels, masks and points of a `height` x `width` source land in `pixel_values`."""
         return image_geometry(self.image_processor, height, width)
 
+    def post_process_attention(
+        self, attention_maps: torch.Tensor, target_sizes: Sequence[tuple[int, int]]
+    ) -> list[torch.Tensor]:
+        """Attention on image tokens -> attention on the pixels of the images.
+
+        Args:
+            attention_maps: (images, rows, columns) or (images, tokens, rows, columns), as `attention_maps` of the model and
+                of what it generates.
+            target_sizes: height and width of each image, in pixels, as it was given to the processor.
+
+        Returns:
+            For each image (height, width) or (tokens, height, width) float32, bilinear between the image tokens and 0 where
+            the crop of the image processor shows the model nothing.
+
+        Raises:
+            ValueError: one sentence, for another number of sizes.
+        """
+        if attention_maps.ndim not in (3, 4):
+            raise ValueError(
+                f"attention_maps: got shape {tuple(attention_maps.shape)}, expected (images, rows, columns), or "
+                "(images, tokens, rows, columns)."
+            )
+        if len(target_sizes) != len(attention_maps):
+            raise ValueError(
+                f"target_sizes: got {len(target_sizes)}, expected one for each of {len(attention_maps)} images."
+            )
+        pixels = []
+        for maps, (height, width) in zip(attention_maps, target_sizes):
+            geometry = self.image_geometry(int(height), int(width))
+            pixels.append(geometry.to_source(maps) if maps.ndim == 3 else geometry.to_source(maps[None])[0])
+        return pixels
+
     def to_dict(self):
         return {**super().to_dict(), "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]}}
 
@@ -119,9 +153,7 @@ class AgeVlmProcessor(ProcessorMixin):
             image_token: token that stands for a picture, the first reserved special one when left out.
             image_size: of the model's input, a side or height and width in pixels, the encoder's own when left out.
         """
-        from .backbones_agevlm import load_part, reserved_image_token
-
-        tokenizer = load_part("text", text, AutoTokenizer)
+        tokenizer = load_component("text", text, AutoTokenizer)
         return cls(
             encoder_image_processor(vision, image_size),
             tokenizer,
