@@ -24,7 +24,10 @@ def test_blocks_heads_and_tokens_that_the_model_lacks_are_refused():
     for layer in (2, -1):
         with pytest.raises(ValueError, match=f"^alignment.layers: got {layer}, expected 0 to 1: the model has 2"):
             picture_attention(maps, slot, CELLS, [0, layer])
-    with pytest.raises(ValueError, match="^alignment.heads: got 5, expected 0 to 3"):
-        chosen_heads([0, 5], 4)
+    with pytest.raises(ValueError, match="^alignment.layers: got 3, expected"):
+        picture_attention(maps, slot, CELLS, [0, 3, 2])  # the first of several is named
+    for heads in ([0, 5], [0, 5, 4]):
+        with pytest.raises(ValueError, match="^alignment.heads: got 5, expected 0 to 3"):
+            chosen_heads(heads, 4)
     with pytest.raises(ValueError, match="^grounding_coverage: got 5 image tokens"):
         picture_attention(maps, slot, 5, [0])
