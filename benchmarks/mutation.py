@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, help="at once (default: 2)")
     parser.add_argument("--seconds", type=float, default=240, help="for the tests of one mutation (default: 240)")
-    parser.add_argument("--only", default="", help="modules whose path has this")
+    parser.add_argument("--only", nargs="+", default=[""], help="modules whose path has one of these")
     parser.add_argument("--output", help="CSV to write")
     options = parser.parse_args()
 
@@ -181,7 +181,7 @@ def main() -> None:
     took = {}  # seconds of the tests without a mutation: several modules have the same tests
     with ThreadPoolExecutor(options.jobs) as pool:
         for name, tests in MODULES.items():
-            if options.only not in name:
+            if not any(part in name for part in options.only):
                 continue
             module = (ROOT / name).resolve()
             source = module.read_text("utf-8")

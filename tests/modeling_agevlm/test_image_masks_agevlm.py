@@ -62,6 +62,8 @@ def test_each_token_sees_what_the_definition_says(text, visibility, sharing, dat
     visible = visible_places(placed.positions, torch.arange(is_image.shape[1]), visibility, starts)
     copies = placed.unshared()
     copies_visible = visible
+    # Another number could be one of a picture that the batch has not.
+    assert torch.equal(copies.index == -1, copies.positions == NO_IMAGE)
     if placed.slots is not None:
         visible = places_to_slots(visible, placed.slots, placed.index.shape[1])
     expected = seen(rows, visibility, shared)
