@@ -47,10 +47,11 @@ def test_settings_that_mean_nothing_are_refused(settings, words):
 
 def test_blocks_and_heads_that_the_model_lacks_are_refused():
     AlignmentConfig(layers=[1], heads=[3]).check(small(2))
-    with pytest.raises(ValueError, match="alignment.layers"):
-        AlignmentConfig(layers=[1]).check(small(1))
-    with pytest.raises(ValueError, match="alignment.heads"):
-        AlignmentConfig(heads=[4]).check(small(1))
+    with pytest.raises(ValueError, match="^alignment.layers: got 3, expected 0 to 1: the model has 2 blocks"):
+        AlignmentConfig(layers=[0, 3, 2]).check(small(2))
+    for heads in ([4], [0, 5, 4]):  # the first of several is named
+        with pytest.raises(ValueError, match=f"^alignment.heads: got {max(heads)}, expected 0 to 3: the model has 4 heads"):
+            AlignmentConfig(heads=heads).check(small(1))
 
 
 def test_the_weight_goes_from_first_to_last():

@@ -37,6 +37,32 @@ def test_defaults_follow_the_language_model():
         assert config.cross_attention_layers == crossed
 
 
+def test_the_default_language_model_is_llama_3_2_1b_as_published():
+    """By its `config.json`, and by the order of Llama 3's special tokens, which come after 128,000 others."""
+    text = AgeVlmConfig().text_config
+    shape = {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64}
+    others = {"max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
+    for name, value in {**shape, **heads, **others}.items():
+        assert getattr(text, name) == value, name
+    rotary = {"rope_type": "llama3", "rope_theta": 500000.0, "original_max_position_embeddings": 8192}
+    rotary |= {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    assert text.rope_parameters == rotary
+    special = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"]
+    special += [
+        "finetune_right_pad_id",
+        "reserved_special_token_2",
+        "start_header_id",
+        "end_header_id",
+        "eom_id",
+        "eot_id",
+    ]
+    ids = {name: 128000 + place for place, name in enumerate(special)}
+    assert text.bos_token_id == ids["begin_of_text"] and text.pad_token_id == ids["finetune_right_pad_id"]
+    assert text.eos_token_id == [ids["end_of_text"], ids["eom_id"], ids["eot_id"]]
+    assert AgeVlmConfig().image_token_id == ids["reserved_special_token_0"]
+
+
 def test_sub_configurations_given_as_objects_are_taken(make_config):
     parts = make_config()
     config = make_config(text=None, text_config=parts.text_config, vision_config=parts.vision_config)

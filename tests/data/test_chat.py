@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from age_vlm.data.chat import ChatEncoder
 from age_vlm.data.scenes_tokenizer import SPECIAL_TOKENS, build_word_tokenizer
 from age_vlm.data.schema import assistant_message, message_text, user_message
+from age_vlm.errors import UserError
 from age_vlm.processing import AgeVlmProcessor, whole_image_processor
 
 
@@ -199,6 +200,28 @@ def test_a_template_that_changes_the_text_is_refused(tokenizer):
         processor = AgeVlmProcessor(whole_image_processor(32), tokenizer, chat_template=changed)
         with pytest.raises(ValueError, match="^chat_template: changes the text"):
             ChatEncoder(processor)([user_message(" a zebra ")])
+
+
+def test_an_answer_that_ends_in_another_way_is_refused(tokenizer):
+    other = "and so on, for as long as it takes"
+    template = (
+        "{% for message in messages %}{% set text = message['content'][0]['text'] %}[{{ message['role'] }}]{{ text }}"
+        "{{ 'OTHER' if 'zebra' in text else '<|eot_id|>' }}{% endfor %}"
+    ).replace("OTHER", other)
+    processor = AgeVlmProcessor(whole_image_processor(32), tokenizer, chat_template=template)
+    encoder = ChatEncoder(processor)
+    encoder([user_message("a zebra?"), assistant_message("yes")])
+    with pytest.raises(UserError) as error:
+        encoder([user_message("what is it?"), assistant_message("a zebra")])
+    # So much of it that one finds the place.
+    assert str(error.value) == f"chat_template: got {other[:20]!r} after an answer, expected its end, '<|eot_id|>'."
+
+
+def test_a_chat_that_comes_again_is_not_encoded_again(processor):
+    encoder = ChatEncoder(processor)
+    chat = encoder(CHAT)
+    encoder(CHAT[2:])
+    assert encoder([{**message} for message in CHAT]) is chat
 
 
 def test_an_encoder_can_be_sent_to_another_process(processor):

@@ -43,7 +43,7 @@ def one_by_one(processor):
 def test_scores_are_those_of_each_question_alone(model, processor, batch_size):
     # Every byte is a token.
     yes, no = ([processor.tokenizer.get_vocab()[letter] for letter in letters] for letters in ("yY", "nN"))
-    scores = yes_scores(model, processor, ITEMS, batch_size=batch_size)
+    scores = yes_scores(model=model, processor=processor, items=ITEMS, batch_size=batch_size)
     assert len(scores) == 9
     with torch.no_grad():
         for name, inputs in one_by_one(processor):
@@ -53,7 +53,7 @@ def test_scores_are_those_of_each_question_alone(model, processor, batch_size):
 
 @pytest.mark.parametrize("batch_size", [2, 100])
 def test_answers_are_those_of_each_question_alone(model, processor, batch_size):
-    answers = generate_answers(model, processor, ITEMS, batch_size=batch_size, max_new_tokens=3)
+    answers = generate_answers(model=model, processor=processor, items=ITEMS, batch_size=batch_size, max_new_tokens=3)
     for name, inputs in one_by_one(processor):
         generated = model.generate(**inputs, max_new_tokens=3, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         assert answers[name] == processor.tokenizer.decode(generated, skip_special_tokens=True).strip()
@@ -177,9 +177,12 @@ def test_what_begins_both_tells_nothing(processor):
         assert set(yes_scores(model, processor, ITEMS).values()) == {0.0}
 
 
-def test_words_that_the_tokenizer_does_not_know_are_one_sentence():
+@pytest.mark.parametrize("others", [{"yes": "ja", "no": "nein"}, {"yes": "ja"}, {"no": "nein"}], ids=str)
+def test_words_that_the_tokenizer_does_not_know_are_one_sentence(others):
     known = build_word_tokenizer(["is there a dog ?"]).backend_tokenizer.to_str()
-    german = Tokenizer.from_str(known.replace('"yes"', '"ja"').replace('"no"', '"nein"'))
+    for word, other in others.items():
+        known = known.replace(f'"{word}"', f'"{other}"')
+    german = Tokenizer.from_str(known)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=german, unk_token="<unk>", eos_token="<|eot_id|>", pad_token="<unk>"
     )

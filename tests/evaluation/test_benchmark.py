@@ -35,7 +35,8 @@ def test_splitting_keeps_pictures_that_have_such_questions(items):
 
 
 def test_figures_are_those_of_the_answers(tiny, items):
-    metrics, answers = answer_metrics(*tiny, items)
+    model, processor = tiny
+    metrics, answers = answer_metrics(model=model, processor=processor, items=items)
     questions = [question for item in items for question in item.questions]
     assert answers == generate_answers(*tiny, items) and set(answers) == {q.id for q in questions}
     for kind in ("count", "colour", "relation"):

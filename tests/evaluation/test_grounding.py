@@ -41,6 +41,7 @@ def test_attention_is_that_of_each_phrase_alone(model, processor, items, batch_s
     assert phrases.attention.shape == (len(samples), blocks, heads, grid[0] * grid[1])
     torch.testing.assert_close(phrases.attention.sum(-1), torch.ones(len(samples), blocks, heads))
     assert phrases.questions == questions
+    assert not phrases.attention.requires_grad, "a whole data set's graph would be kept"
     collator = AgeVlmCollator(processor, grid)
     for number, sample in enumerate(samples):
         batch = collator([sample])

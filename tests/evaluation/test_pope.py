@@ -135,6 +135,11 @@ def test_lmms_eval_ignores_unknown_in_recall_but_not_in_accuracy():
     assert (lmms["yes_ratio"], lmms["predicted_yes_ratio"]) == (1, 0.5)
 
 
+def test_equal_records_are_one_in_a_set():
+    records = [PopeRecord("a", "yes", "no", "random") for _ in range(2)]
+    assert {*records, PopeRecord("a", "yes", "no")} == {records[0], PopeRecord("a", "yes", "no")}
+
+
 def test_question_of_several_modes_counts_in_each():
     records = [PopeRecord("a", "yes", "yes", "random,popular"), PopeRecord("b", "no", "yes", "random")]
     result = score(records, "vlmevalkit")

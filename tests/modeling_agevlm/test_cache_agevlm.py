@@ -295,6 +295,13 @@ def test_generation_from_embeddings(model, reference):
     assert torch.equal(beams, generated(model, batch, num_beams=2))
 
 
+def test_inputs_of_one_answer_a_row_are_not_repeated(model, reference):
+    batch, _ = reference
+    for size in ({}, {"expand_size": 1}):
+        ids, _ = model._expand_inputs_for_generation(input_ids=batch["input_ids"], **size)
+        assert torch.equal(ids, batch["input_ids"])
+
+
 def test_generation_with_a_shared_picture(model, make_batch):
     batch = make_batch((1, 1))
     shared = {**batch, "pixel_values": batch["pixel_values"][:1], "image_indices": torch.tensor([0, 0])}

@@ -1,6 +1,7 @@
 """`from_backbones` on folders that hold a random Llama and a random vision encoder."""
 
 import json
+import logging
 import shutil
 
 import pytest
@@ -8,6 +9,7 @@ import timm
 import torch
 from transformers import (
     AutoModel,
+    AutoTokenizer,
     ConvNextConfig,
     ConvNextModel,
     LlamaConfig,
@@ -203,6 +205,32 @@ def test_processor_takes_the_encoder_s_own_statistics(llama, tmp_path):
     assert processor.image_geometry(20, 30).size == tuple(config["input_size"][1:])
 
 
+def test_of_several_reserved_tokens_model_and_processor_take_the_first(llama, tmp_path):
+    timm_wrapper(tmp_path / "vision")
+    shutil.copytree(llama, tmp_path / "text")
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|reserved_special_token_1|>"]})
+    tokenizer.save_pretrained(tmp_path / "text")
+    parts = {"text": tmp_path / "text", "vision": tmp_path / "vision"}
+    model, processor = (each.from_backbones(**parts) for each in (AgeVlmForConditionalGeneration, AgeVlmProcessor))
+    assert processor.image_token == "<|reserved_special_token_0|>"
+    assert processor.image_token_id == model.config.image_token_id == 2
+
+
+@pytest.mark.parametrize("file", [None, "{}"], ids=["no tokenizer", "a damaged one"])
+def test_without_a_tokenizer_the_last_token_stands_for_images(llama, tmp_path, caplog, monkeypatch, file):
+    timm_wrapper(tmp_path / "vision")
+    (tmp_path / "text").mkdir()
+    for saved in set(llama.iterdir()) - set(llama.glob("*token*")):
+        shutil.copy(saved, tmp_path / "text")
+    if file is not None:
+        (tmp_path / "text" / "tokenizer.json").write_text(file)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    model = AgeVlmForConditionalGeneration.from_backbones(tmp_path / "text", tmp_path / "vision")
+    assert model.config.image_token_id == TEXT["vocab_size"] - 1
+    assert f"the last token of the vocabulary, {TEXT['vocab_size'] - 1}, stands for images" in caplog.text
+
+
 @pytest.mark.parametrize("argument", ["text", "vision"])
 @pytest.mark.parametrize("name", ["no-such-organisation/gated-model", "missing/folder/of/mine", "."])
 @pytest.mark.parametrize("made", [AgeVlmForConditionalGeneration, AgeVlmProcessor])
@@ -215,6 +243,7 @@ def test_what_cannot_be_read_is_one_sentence_that_says_what_to_do(llama, tmp_pat
     message = str(error.value)
     assert message.startswith(f"{argument}: '{name}'") and "\n" not in message
     assert "hf auth login" in message and "folder" in message
+    assert message.endswith(f": {str(error.value.__cause__).strip().splitlines()[0]}"), "what transformers says first"
 
 
 def test_another_kind_of_language_model_is_one_sentence(tmp_path):

@@ -201,6 +201,17 @@ def test_generation_stops_at_the_end_of_an_answer(published, tokenizer):
     assert generated[0, 3:].tolist() == labels, processor.tokenizer.decode(generated[0, 3:])
 
 
+def test_generation_stops_at_one_token_of_ordinary_text():
+    processor = processor_of(
+        "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}|{% endfor %}"
+    )
+    bar = processor.tokenizer.convert_tokens_to_ids("|")
+    assert assistant_turn(processor.tokenizer, processor.chat_template).end_token_id == bar
+    config = GenerationConfig(eos_token_id=1)
+    stop_at_end_of_turn(config, processor.tokenizer, processor.chat_template)
+    assert config.eos_token_id == [1, bar] and config.stop_strings is None
+
+
 @given(st.lists(st.sampled_from(["\n", " ", "###", "End", "</s>", "<|im_end|>", "|"]), max_size=5), st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_any_text_may_end_an_answer(parts, as_parts):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import CLIPImageProcessor
+from transformers import CLIPImageProcessor, Emu3ImageProcessor
 
 from age_vlm.processing import image_geometry, whole_image_processor
 
@@ -101,6 +101,13 @@ def test_a_box_shifts_with_the_crop_by_the_right_side():
     assert geometry.offset == (4, 24)
     assert geometry.source_box == (24.0, 4.0, 56.0, 36.0)
     assert geometry.map_points(torch.tensor([[24.0, 4.0], [40.0, 20.0]])).tolist() == [[0.0, 0.0], [16.0, 16.0]]
+
+
+def test_a_processor_that_knows_no_crop_does_not_crop():
+    processor = Emu3ImageProcessor(do_resize=False, do_pad=False)
+    assert not hasattr(processor, "do_center_crop")
+    geometry = image_geometry(processor, 20, 30)
+    assert (geometry.resized, geometry.offset, geometry.size) == ((20, 30), (0, 0), (20, 30))
 
 
 def test_a_mask_of_another_size_is_one_sentence():

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from age_vlm import AgeVlmProcessor
-from age_vlm.processing.image_settings_agevlm import encoder_image_processor
+from age_vlm.processing.image_settings_agevlm import encoder_image_processor, whole_image_processor
 
 
 SQUARE = {"height": 48, "width": 48}
@@ -90,6 +90,12 @@ def test_a_picture_is_resampled_as_the_encoder_knows(own):
 def test_another_size_is_taken(own):
     made = encoder_image_processor(own, (32, 64))
     assert pixels(made, noise((20, 30))).shape == (1, 3, 32, 64)
+
+
+def test_the_whole_picture_is_seen_in_a_size_of_one_call_too():
+    processor, size = whole_image_processor(48), {"height": 32, "width": 64}
+    got = processor(noise(), size=size, return_tensors="pt")["pixel_values"]
+    assert torch.equal(got, pixels(whole_image_processor((32, 64)), noise()))
 
 
 @pytest.mark.parametrize("sides", [(40, 64), (64, 40)])
