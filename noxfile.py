@@ -59,7 +59,7 @@ def transformers_suites(session: nox.Session) -> None:
     (suites / "__init__.py").touch()
     # What the tests would download, if it is not there: an image, of whatever.
     if not (checkout / "coco_sample.png").exists():
-        shutil.copy("examples/pictures/scene.png", checkout / "coco_sample.png")
+        shutil.copy("examples/images/scene.png", checkout / "coco_sample.png")
     report = Path(session.create_tmp()) / "tests.xml"
     command = ["python", "-m", "pytest", "-q", str(suites), f"--junitxml={report}", *session.posargs[2:]]
     variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(checkout / "utils")}

@@ -8,7 +8,7 @@ for both. In every round each way takes one step with the same samples, in an or
 is reported is the ratio within the round: median, lowest and highest. Tokens are those of the texts, without padding, and
 the same for both. Writes docs/results/packing-<environment>.csv. Weights are random.
 
-The time of the vision encoder is measured apart: it sees as many pictures either way, so packing cannot shorten it. With it
+The time of the vision encoder is measured apart: it sees as many images either way, so packing cannot shorten it. With it
 and the share of padding comes the ratio that were possible if all else cost as much as the row has tokens.
 """
 
@@ -123,7 +123,7 @@ class Bench:
         return seconds, float(loss)
 
     def vision(self, batch: dict) -> float:
-        """Seconds of forward and, where the encoder learns, backward of its pictures alone."""
+        """Seconds of forward and, where the encoder learns, backward of its images alone."""
         device, model = self.trainer.args.device, self.trainer.model
         pixels = batch["pixel_values"].to(device)
         started = now(device)
@@ -155,12 +155,12 @@ def measure(name: str, overrides: list[str], rounds: int, seed: int, folder: str
             spent[way] = time.perf_counter() - started
         turn = number % len(ways)
         took = {way: bench.step(batches[way]) for way in ways[turn:] + ways[:turn]}
-        pictures = bench.vision(batches["padded"])
+        images = bench.vision(batches["padded"])
         if number < 0:  # to warm up
             continue
         total = sum(len(bench.collators["padded"]([sample])["input_ids"][0]) for sample in samples)
         tokens.append(total)
-        vision.append(pictures)
+        vision.append(images)
         for way in ways:
             shape = tuple(batches[way]["input_ids"].shape)
             shapes[way].append(shape)
@@ -168,7 +168,7 @@ def measure(name: str, overrides: list[str], rounds: int, seed: int, folder: str
             seconds[way].append(took[way][0])
             losses[way].append(took[way][1])
             collating[way].append(spent[way])
-    share = statistics.median(pictures / padded for pictures, padded in zip(vision, seconds["padded"]))
+    share = statistics.median(images / padded for images, padded in zip(vision, seconds["padded"]))
     rows = []
     for way in ways:
         ratios = [padded / own for padded, own in zip(seconds["padded"], seconds[way])]

@@ -1,4 +1,4 @@
-"""Builds the 1B preset with random weights, runs one picture through it, and prints parameters, seconds and memory.
+"""Builds the 1B preset with random weights, runs one image through it, and prints parameters, seconds and memory.
 
 python benchmarks/preset_1b.py
 """

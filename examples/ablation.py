@@ -67,7 +67,7 @@ def run_arm(recipe: Recipe, arm: str, *, curve_on: str, figures, source: DataSou
             model, processor, curve = _fit_concatenation(recipe, source, folder, getattr(source, curve_on))
             attention = concatenation_attention
         else:
-            measure = printed(curve_measure(recipe, getattr(source, curve_on), pictures=200))
+            measure = printed(curve_measure(recipe, getattr(source, curve_on), images=200))
             model, processor, _, curve = fit(recipe, source, folder, measure=measure, progress=False)
             attention = _cross_attention
     result = {

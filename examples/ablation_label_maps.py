@@ -1,6 +1,6 @@
 """Photographs with masks: what alignment does, beside cross-attention alone and masks of other photographs.
 
-    python examples/ablation_label_maps.py --images PICTURES --labels LABELS --classes sky building --ignore 11
+    python examples/ablation_label_maps.py --images IMAGES --labels LABELS --classes sky building --ignore 11
 
 Under an hour on 2 cores for 600 steps. The last 20 % of the frames by name are held out; random crops of
 the others train, from scratch. Writes docs/results/label-maps-<steps>-steps-<environment>.csv and .md. Seeds are of weights, crops and
@@ -24,7 +24,7 @@ from age_vlm.evaluation.answers import yes_scores
 from age_vlm.evaluation.benchmark import presence_metrics, split_items
 
 
-# A class that nearly every picture shows, or none, has an AUC of chance: also the mean over those with this many of each.
+# A class that nearly every image shows, or none, has an AUC of chance: also the mean over those with this many of each.
 BALANCED = 20
 
 

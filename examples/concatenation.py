@@ -74,7 +74,7 @@ def matched_intermediate_size(config: AgeVlmConfig, parameters: int) -> int:
 
 
 def concatenation_processor(processor, grid: tuple[int, int]) -> LlavaProcessor:
-    """LLaVA's processor, for pictures as AGE-VLM's `processor` prepares them and one text token for each image token."""
+    """LLaVA's processor, for images as AGE-VLM's `processor` prepares them and one text token for each image token."""
     patch_size = processor.image_geometry(64, 64).size[0] // grid[0]
     return LlavaProcessor(
         processor.image_processor,
@@ -87,9 +87,9 @@ def concatenation_processor(processor, grid: tuple[int, int]) -> LlavaProcessor:
 
 
 class ConcatenationCollator:
-    """The questions of a sample as independent texts that share one copy of the picture's tokens.
+    """The questions of a sample as independent texts that share one copy of the image's tokens.
 
-    Every text starts with the same words up to the picture, so a row is that beginning once, then each text's rest: a 4-D
+    Every text starts with the same words up to the image, so a row is that beginning once, then each text's rest: a 4-D
     mask lets every rest see the beginning and itself. The same figures as a row for each text, at a fraction of the cost.
     """
 

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# From raw pictures to a model card, on drawn scenes and, where they are given, on photographs with a class a pixel:
+# From raw images to a model card, on drawn scenes and, where they are given, on photographs with a class a pixel:
 #
 #   examples/end_to_end.sh runs/end_to_end
-#   IMAGES=PICTURES LABELS=LABELS CLASSES='["sky", "road"]' IGNORE='[11]' examples/end_to_end.sh runs/end_to_end
+#   IMAGES=IMAGES LABELS=LABELS CLASSES='["sky", "road"]' IGNORE='[11]' examples/end_to_end.sh runs/end_to_end
 #
-# Pictures with phrases become a data set; two teachers make its masks, `annotated` (those of the data) and a small SAM 2
+# Images with phrases become a data set; two teachers make its masks, `annotated` (those of the data) and a small SAM 2
 # that is trained here; a model trains on each; its checkpoint has a card and answers a question. The first run of `age-vlm
 # ground` and the first of `age-vlm train` are killed in the middle (kill -9), and gone on with. Run again, the script
 # continues. The small SAM 2 has seen drawn scenes only: on photographs it shows that the chain runs, its masks there are worth nothing,
-# which the mean IoU says. SCENES, CROPS (pictures), STEPS (of models) and SAM_STEPS say how long it takes.
+# which the mean IoU says. SCENES, CROPS (images), STEPS (of models) and SAM_STEPS say how long it takes.
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 output="${1:?folder of the runs, such as runs/end_to_end}"
@@ -65,7 +65,7 @@ if [ ! -d "$sam" ]; then
 fi
 
 if [ ! -d "$output/scenes" ]; then
-  step "scenes: pictures, phrases, masks"
+  step "scenes: images, phrases, masks"
   python - "$output/scenes" "$scenes" <<'PYTHON'
 import sys
 

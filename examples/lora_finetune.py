@@ -1,9 +1,9 @@
 """Fine-tunes a checkpoint with LoRA or DoRA and the alignment loss, and saves the adapter with its processor and card.
 
     python examples/lora_finetune.py
-    python examples/lora_finetune.py --images PICTURES --labels LABELS --classes sky building --ignore 11
+    python examples/lora_finetune.py --images IMAGES --labels LABELS --classes sky building --ignore 11
 
-Without pictures of your own: drawn scenes. A few minutes on 2 cores. Words that the checkpoint's tokenizer does not know
+Without images of your own: drawn scenes. A few minutes on 2 cores. Words that the checkpoint's tokenizer does not know
 are added to it, and their embeddings are trained and saved with the adapter.
 """
 
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--model", default=bundled, help="folder or Hub id (default: the repository's example checkpoint)"
     )
-    parser.add_argument("--images", help="folder of pictures; drawn scenes when left out")
+    parser.add_argument("--images", help="folder of images; drawn scenes when left out")
     parser.add_argument("--labels", help="folder of PNGs with the same names, one class index a pixel")
     parser.add_argument("--classes", nargs="+", help="names, in the order of their indices")
     parser.add_argument("--ignore", type=int, nargs="*", default=[], help="indices that mean 'not labelled'")
@@ -58,11 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dora", action="store_true")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch-size", type=int, default=16, help="pictures a step, each with all its questions")
+    parser.add_argument("--batch-size", type=int, default=16, help="images a step, each with all its questions")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--validation", type=int, default=100, help="pictures that the figures are taken on")
+    parser.add_argument("--validation", type=int, default=100, help="images that the figures are taken on")
     # The example checkpoint has learned from the scenes of seed 0.
-    parser.add_argument("--seed", type=int, default=1, help="of adapter, training pictures and their order")
+    parser.add_argument("--seed", type=int, default=1, help="of adapter, training images and their order")
     parser.add_argument("--output", default="runs/lora", help="folder of the adapter")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an earlier adapter in that folder; other files in it stay"
@@ -114,14 +114,14 @@ def run(options: argparse.Namespace) -> None:
     # PEFT has put the adapter into `model` itself: what takes an AGE-VLM takes it as before.
     after = phrase_attention(model, processor, source.validation)
     table["after"] = answers(model, processor, source.validation) | looks(after, alignment)
-    table["after, grey picture"] = answers(model, processor, [grey(item) for item in source.validation])
+    table["after, grey image"] = answers(model, processor, [grey(item) for item in source.validation])
     table["chance"] = chance(phrases)
     trained, total = adapted.get_nb_trainable_parameters()
 
     save_checkpoint(
         adapted, processor, options.output, card(options, len(source.validation), table, trained, total, words)
     )
-    show(table, f"{len(source.validation)} validation pictures, seed {options.seed}")
+    show(table, f"{len(source.validation)} validation images, seed {options.seed}")
     print(f"Parameters trained: {trained:,} of {total:,} ({trained / total:.1%})")
     print(f"Adapter: {options.output}")
 
@@ -177,7 +177,7 @@ def answers(model, processor, items: Sequence[EvaluationItem]) -> Figures:
     scores = yes_scores(model, processor, asked)
     questions = [question for item in asked for question in item.questions]
     if not questions:
-        raise UserError("validation pictures: got none that shows one thing and lacks another, expected at least one.")
+        raise UserError("validation images: got none that shows one thing and lacks another, expected at least one.")
     truth = [question.answer == "yes" for question in questions]
     given = [scores[question.id] for question in questions]
     right = [(score > 0) == yes for score, yes in zip(given, truth)]
@@ -201,7 +201,7 @@ def chance(phrases: PhraseAttention) -> Figures:
 
 
 def grey(item: EvaluationItem) -> EvaluationItem:
-    """The same questions without the picture: what language alone gives."""
+    """The same questions without the image: what language alone gives."""
     return dataclasses.replace(item, image=PIL.Image.new("RGB", item.image.size, "grey"))
 
 
@@ -240,17 +240,17 @@ model = PeftModel.from_pretrained(model, "THIS/REPOSITORY").eval()
 ```
 
 `model.merge_and_unload()` makes a model without adapter of it. With age-vlm installed, `age-vlm ask --model THIS/REPOSITORY --image
-picture.png --overlay where.png "question"` does all this, and paints where the model looked.
+image.png --overlay where.png "question"` does all this, and paints where the model looked.
 
 ## How it was made
 
 Adapted: {target}, rank {rank}, and the gates of the cross-attention. {words}Parameters trained: {trained:,} of {total:,}.
-Data: {data}. {steps} steps of {batch_size} pictures, learning rate {learning_rate}, seed {seed}.
+Data: {data}. {steps} steps of {batch_size} images, learning rate {learning_rate}, seed {seed}.
 
 ## Figures
 
-On {pictures} validation pictures, which were not trained on, one seed. Yes/no questions as POPE asks them, half of them about what is
-not there, answered by logit(yes) - logit(no). "grey picture" is the same model shown none: what language alone gives. Attention figures
+On {images} validation images, which were not trained on, one seed. Yes/no questions as POPE asks them, half of them about what is
+not there, answered by logit(yes) - logit(no). "grey image" is the same model shown none: what language alone gives. Attention figures
 are of the aligned heads.
 
 {table}
@@ -261,7 +261,7 @@ High attention inside a mask says where the model looked, not that its answer is
 """
 
 
-def card(options, pictures: int, table: dict[str, Figures], trained: int, total: int, words: list[str]) -> str:
+def card(options, images: int, table: dict[str, Figures], trained: int, total: int, words: list[str]) -> str:
     hub = None if is_local(options.model) else options.model
     metadata = ModelCardData(
         library_name="peft",
@@ -283,7 +283,7 @@ def card(options, pictures: int, table: dict[str, Figures], trained: int, total:
         words=f"New words, with embeddings of their own: {', '.join(words)}. " if words else "",
         trained=trained,
         total=total,
-        pictures=pictures,
+        images=images,
         table="\n".join([head, "|---" * (len(table) + 1) + "|", *body]),
         environment=", ".join(f"{key} {value}" for key, value in environment().items()),
     )

@@ -119,13 +119,13 @@ def tiny_sam() -> tuple[Sam2Model, Sam2Processor]:
     for module in model.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
-    # SAM has one encoding of places, for prompts and for pictures; random weights would give each its own.
+    # SAM has one encoding of places, for prompts and for images; random weights would give each its own.
     model.prompt_encoder.shared_embedding.positional_embedding.copy_(model.shared_image_embedding.positional_embedding)
     return model, Sam2Processor(Sam2ImageProcessor(size=size, mask_size=mask_size))
 
 
 def tiny_config() -> Sam2Config:
-    """SAM 2 with three stages of Hiera instead of four, at strides 2, 4 and 8, for pictures of `SIDE` pixels."""
+    """SAM 2 with three stages of Hiera instead of four, at strides 2, 4 and 8, for images of `SIDE` pixels."""
     widths, grids = [32, 64, 128], [SIDE // 2, SIDE // 4, SIDE // 8]
     return Sam2Config(
         vision_config={
@@ -173,7 +173,7 @@ def point_in(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 class PromptedScenes(torch.utils.data.Dataset):
-    """Training scenes with `PROMPTS` of their objects: picture, masks, boxes that are a little off, points on them."""
+    """Training scenes with `PROMPTS` of their objects: image, masks, boxes that are a little off, points on them."""
 
     def __init__(self, length: int, seed: int) -> None:
         self.length, self.seed = length, seed
@@ -216,7 +216,7 @@ class Collator:
 
 
 class PromptTrainer(Trainer):
-    """Each picture is encoded once, and its prompts are answered three times: from boxes, points, and corrected points."""
+    """Each image is encoded once, and its prompts are answered three times: from boxes, points, and corrected points."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         target, points = inputs["masks"], inputs["input_points"]
@@ -249,7 +249,7 @@ def correction(output, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
 
 def enlarged(masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Logits (scenes, prompts, masks, height, width) at the size of the picture, as the processor enlarges them."""
+    """Logits (scenes, prompts, masks, height, width) at the size of the image, as the processor enlarges them."""
     return F.interpolate(masks.flatten(0, 1), size, mode="bilinear").unflatten(0, masks.shape[:2])
 
 

@@ -1,4 +1,4 @@
-"""AGE-VLM (Mahajan et al., arXiv 2511.17793): a Llama that looks at pictures through gated cross-attention."""
+"""AGE-VLM (Mahajan et al., arXiv 2511.17793): a Llama that looks at images through gated cross-attention."""
 
 import os
 from collections.abc import Sequence
@@ -204,22 +204,22 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
     ) -> AgeVlmModelOutputWithPast:
         """
         Args:
-            input_ids: (batch, length), with one `image_token_id` for each picture.
+            input_ids: (batch, length), with one `image_token_id` for each image.
             pixel_values: (images, channels, height, width), in the order of their tokens, row by row.
             position_ids: (batch, length); positions that restart, with no attention mask, are packed sequences: each
-                sees only its own picture.
+                sees only its own image.
             image_token_mask: (batch, length), with `inputs_embeds`: which of them stand for an image, see `find_image_tokens`.
-            image_indices: (image tokens,) which picture each image token stands for, where several share one.
+            image_indices: (image tokens,) which image each image token stands for, where several share one.
             cross_attention_queries: (maps, 2) batch index and position of the text rows whose attention maps are wanted.
             mm_encoder_outputs: `{"image": output of get_image_features}` in the place of `pixel_values`.
 
         Raises:
-            ValueError: one sentence, where shapes or numbers of pictures and image tokens disagree.
+            ValueError: one sentence, where shapes or numbers of images and image tokens disagree.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: expected exactly one of the two.")
         if kwargs.get("use_cache") is None:
-            # Shared pictures and packed texts are for training, which has no use for a cache.
+            # Shared images and packed texts are for training, which has no use for a cache.
             kwargs["use_cache"] = self.config.use_cache and image_indices is None and not self.training
         encoded = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None and encoded is not None:
@@ -251,12 +251,12 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
             placed = group_images_by_row(is_image, image_indices, past_length)
         elif cache is None and not torch.compiler.is_compiling():
             if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
-                # All ranks must run, and reduce, the same parameters; a rank without a picture gives them zeros.
+                # All ranks must run, and reduce, the same parameters; a rank without an image gives them zeros.
                 blank = inputs_embeds.new_zeros(1, *image_shape(self.config.vision_config))
                 image_states = self.get_image_features(blank, return_dict=True).pooler_output.to(inputs_embeds.dtype)
                 placed = unseen_images(batch, inputs_embeds.device)
             elif input_ids is not None and (input_ids == self.config.image_token_id).any():
-                logger.warning_once("Got image tokens but no pictures: these rows are treated as text.")
+                logger.warning_once("Got image tokens but no images: these rows are treated as text.")
 
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -272,7 +272,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
 
 
 class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, AgeVlmGenerationMixin):
-    """AGE-VLM with a language modelling head: answers questions about pictures, and says where it looked."""
+    """AGE-VLM with a language modelling head: answers questions about images, and says where it looked."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}

@@ -14,7 +14,7 @@ class AgeVlmTimmWrapperModel(TimmWrapperModel):
 
     @property
     def device(self) -> torch.device:
-        # Pictures are moved to it: of weights that are kept elsewhere it is `meta`, while the hook that fetches them knows
+        # Images are moved to it: of weights that are kept elsewhere it is `meta`, while the hook that fetches them knows
         # where they will run (as for Bark in transformers).
         device = super().device
         if device.type == "meta":
@@ -40,7 +40,7 @@ def vision_width(vision_tower: nn.Module, config: PreTrainedConfig) -> int:
 
 
 def image_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
-    """Channels, height and width of a picture that the encoder takes."""
+    """Channels, height and width of an image that the encoder takes."""
     if config.model_type == "timm_wrapper":
         arguments = config.model_args or {}
         shape = (getattr(config, "pretrained_cfg", None) or {}).get("input_size") or (3, 64, 64)

@@ -1,4 +1,4 @@
-"""Where a pixel of a source picture lands in the model's input: one geometry for pixels, masks and coordinates."""
+"""Where a pixel of a source image lands in the model's input: one geometry for pixels, masks and coordinates."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,12 @@ import torch
 
 @dataclass(frozen=True)
 class ImageGeometry:
-    """What an image processor did to one picture: resize, then a crop (or a pad, where the crop is larger).
+    """What an image processor did to one image: resize, then a crop (or a pad, where the crop is larger).
 
     Attributes:
-        source: (height, width) of the picture, pixels.
+        source: (height, width) of the image, pixels.
         resized: (height, width) after resizing.
-        offset: (top, left) of the input within the resized picture, negative where it was padded.
+        offset: (top, left) of the input within the resized image, negative where it was padded.
         size: (height, width) of the model's input.
     """
 
@@ -47,7 +47,7 @@ class ImageGeometry:
             (masks, rows, columns) float32, 0 to 1.
 
         Raises:
-            ValueError: if the masks are not of the picture's size.
+            ValueError: if the masks are not of the image's size.
         """
         if tuple(masks.shape[-2:]) != self.source:
             raise ValueError(f"masks: got size {tuple(masks.shape[-2:])}, expected that of the image, {self.source}.")
@@ -86,7 +86,7 @@ def _overlap(edges: torch.Tensor, pixels: int) -> torch.Tensor:
 
 
 def image_geometry(image_processor, height: int, width: int) -> ImageGeometry:
-    """The geometry that a transformers image processor applies to a picture of `height` x `width` pixels.
+    """The geometry that a transformers image processor applies to an image of `height` x `width` pixels.
 
     Raises:
         ValueError: for a processor that resizes in another way than to a size or a shortest edge, or pads.

@@ -1,4 +1,4 @@
-"""The image processor of a model made from a vision encoder: its colours, resampling and size, over the whole picture."""
+"""The image processor of a model made from a vision encoder: its colours, resampling and size, over the whole image."""
 
 import os
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ from .backbone_files_agevlm import load_component
 
 
 def whole_image_processor(size: int | Sequence[int], **settings) -> CLIPImageProcessor:
-    """CLIP's image processor, which here stretches the whole picture to `size` (a side, or height and width, pixels): what
+    """CLIP's image processor, which here stretches the whole image to `size` (a side, or height and width, pixels): what
     is cropped away can be neither seen nor grounded."""
     size = _height_and_width(size)
     return CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False, **settings)
 
 
 def encoder_image_processor(vision: str | os.PathLike, image_size: int | Sequence[int] | None = None):
-    """An image processor that gives the encoder the colours that its own does, of the whole picture.
+    """An image processor that gives the encoder the colours that its own does, of the whole image.
 
     Args:
         vision: Hub id or folder of the vision encoder.
@@ -27,7 +27,7 @@ def encoder_image_processor(vision: str | os.PathLike, image_size: int | Sequenc
 
     Raises:
         ValueError: one sentence, for an encoder that cannot be read, or whose image processor does something else to a
-            picture than resize it, crop it and map its colours.
+            image than resize it, crop it and map its colours.
     """
     config = load_component("vision", vision, AutoConfig)
     if config.model_type == "timm_wrapper":
@@ -46,7 +46,7 @@ def encoder_image_processor(vision: str | os.PathLike, image_size: int | Sequenc
             lambda: whole_image_processor(tuple(size.values()), **settings),
             lambda: type(own)(**{**own.to_dict(), "size": size, "do_center_crop": False, "do_pad": False}),
         ):
-            if _maps_whole_picture(made := candidate(), size, expected, settings.get("resample")):
+            if _maps_whole_image(made := candidate(), size, expected, settings.get("resample")):
                 return made
     # Processors for other kinds of input fail in their own ways.
     except (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -101,13 +101,13 @@ def _colours(image_processor) -> tuple[torch.Tensor, torch.Tensor]:
         _pixels(image_processor, PIL.Image.new("RGB", (64, 64), colour))
         for colour in ("#000000", "#ff0000", "#00ff00", "#0000ff")
     )
-    # The middle: what is put around a picture does not count.
+    # The middle: what is put around an image does not count.
     black, *primaries = (pixels[:, pixels.shape[1] // 2, pixels.shape[2] // 2] for pixels in (black, *primaries))
     return torch.stack([(primary - black) / 255 for primary in primaries], 1), black
 
 
-def _maps_whole_picture(image_processor, size: dict[str, int], colours: tuple, resample) -> bool:
-    """Whether it stretches a picture to that size, and maps its colours like this."""
+def _maps_whole_image(image_processor, size: dict[str, int], colours: tuple, resample) -> bool:
+    """Whether it stretches an image to that size, and maps its colours like this."""
     noise = torch.randint(0, 256, (40, 56, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     image = PIL.Image.fromarray(noise.numpy())
     settings = {"do_rescale": False, "do_normalize": False} | ({} if resample is None else {"resample": resample})

@@ -1,4 +1,4 @@
-"""Pictures and chat text -> what AGE-VLM takes: `pixel_values`, `input_ids`, `attention_mask`."""
+"""Images and chat text -> what AGE-VLM takes: `pixel_values`, `input_ids`, `attention_mask`."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -25,9 +25,9 @@ class AgeVlmProcessor(ProcessorMixin):
     Args:
         image_processor: any image processor of transformers that resizes to a size or a shortest edge, and may crop.
         tokenizer: of the language model.
-        image_token (`str`): the token of the vocabulary that stands for one picture.
-        chat_template (`str`, *optional*): Llama 3's format with pictures when left out. One that takes messages of plain
-            text alone gets the image token where a picture is.
+        image_token (`str`): the token of the vocabulary that stands for one image.
+        chat_template (`str`, *optional*): Llama 3's format with images when left out. One that takes messages of plain
+            text alone gets the image token where an image is.
 
     Calling it gives `pixel_values` (images, channels, height, width), `input_ids` and `attention_mask`
     (batch, length): nothing of text length besides, so whatever truncates or pads text can do so safely.
@@ -67,19 +67,19 @@ class AgeVlmProcessor(ProcessorMixin):
         return bos is not None and self.tokenizer("")["input_ids"][:1] == [bos]
 
     def validate_inputs(self, images=None, text=None, **kwargs):
-        # transformers compares totals, and that since 5.17 only; by row, a picture cannot end up in another's text.
+        # transformers compares totals, and that since 5.17 only; by row, an image cannot end up in another's text.
         if text is not None and all(isinstance(sample, str) for sample in text):
             images_by_row = isinstance(images, (list, tuple)) and any(isinstance(row, (list, tuple)) for row in images)
             tokens = [sample.count(self.image_token) for sample in text]
             if images_by_row and tokens != [len(row) for row in images]:
                 raise ValueError(
-                    f"images: got {[len(row) for row in images]} pictures for {tokens} image tokens in the rows of the text, "
+                    f"images: got {[len(row) for row in images]} images for {tokens} image tokens in the rows of the text, "
                     f"expected as many: {AS_TRANSFORMERS_SAYS}"
                 )
-            pictures = 0 if images is None else len(make_flat_list_of_images(images))
-            if sum(tokens) != pictures:
+            count = 0 if images is None else len(make_flat_list_of_images(images))
+            if sum(tokens) != count:
                 raise ValueError(
-                    f"images: got {pictures} pictures for {sum(tokens)} image tokens in the text, expected as many: "
+                    f"images: got {count} images for {sum(tokens)} image tokens in the text, expected as many: "
                     f"{AS_TRANSFORMERS_SAYS}"
                 )
         super().validate_inputs(images=images, text=text, **kwargs)
@@ -150,7 +150,7 @@ class AgeVlmProcessor(ProcessorMixin):
             text: Hub id or folder with the tokenizer.
             vision: Hub id or folder of the vision encoder; what its own image processor does to a colour, its resampling
                 and its size are taken.
-            image_token: token that stands for a picture, the first reserved special one when left out.
+            image_token: token that stands for an image, the first reserved special one when left out.
             image_size: of the model's input, a side or height and width in pixels, the encoder's own when left out.
         """
         tokenizer = load_component("text", text, AutoTokenizer)
@@ -162,7 +162,7 @@ class AgeVlmProcessor(ProcessorMixin):
 
 
 def _loaded(images):
-    """Pictures as RGB, flat or by row of the text; None where there are none. A None among them is a row without any."""
+    """Images as RGB, flat or by row of the text; None where there are none. A None among them is a row without any."""
     if images is None or not _is_nested(images):
         return None if images is None else load_rgb(images)
     rows = [list(_flat(row)) if row is None or _is_nested(row) else load_rgb(row) for row in images]

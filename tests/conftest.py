@@ -1,4 +1,4 @@
-"""Tiny models, tokenizers and pictures that the tests share; nothing here touches the network."""
+"""Tiny models, tokenizers and images that the tests share; nothing here touches the network."""
 
 import os
 
@@ -136,7 +136,7 @@ def processor(tokenizer) -> AgeVlmProcessor:
 
 @pytest.fixture(scope="session")
 def make_batch():
-    """Number of pictures of each row -> a batch with image tokens at random places between random text."""
+    """Number of images of each row -> a batch with image tokens at random places between random text."""
 
     def make(images, seed: int = 0, longest: int = 14, side: str = "left", size=(IMAGE_SIZE, IMAGE_SIZE)) -> dict:
         generator = torch.Generator().manual_seed(seed)
@@ -163,7 +163,7 @@ def make_batch():
 
 @pytest.fixture(scope="session")
 def row_alone():
-    """One row of a batch without its padding, with its own pictures."""
+    """One row of a batch without its padding, with its own images."""
 
     def cut(batch: dict, row: int) -> dict:
         kept = batch["attention_mask"][row].bool()

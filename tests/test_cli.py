@@ -45,10 +45,10 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture
-def picture(tmp_path):
+def image(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "picture.png")
-    return "picture.png"
+    Image.fromarray(noise).save(tmp_path / "image.png")
+    return "image.png"
 
 
 @pytest.fixture
@@ -76,8 +76,8 @@ def refused(capsys, arguments, words):
 # ask
 
 
-def test_ask_prints_the_answer_and_paints_where_it_looked(capsys, checkpoint, picture, tmp_path):
-    arguments = ["ask", "--model", checkpoint, "--image", picture, "is there a red circle ?"]
+def test_ask_prints_the_answer_and_paints_where_it_looked(capsys, checkpoint, image, tmp_path):
+    arguments = ["ask", "--model", checkpoint, "--image", image, "is there a red circle ?"]
     assert main([*arguments, "--overlay", "overlay.png", "--max-new-tokens", "3"]) == 0
     printed = capsys.readouterr()
     assert printed.out.endswith("\n") and printed.out.count("\n") == 1
@@ -85,11 +85,11 @@ def test_ask_prints_the_answer_and_paints_where_it_looked(capsys, checkpoint, pi
         assert sheet.width > 224
 
 
-def broken_pictures(folder, picture):
-    whole = (folder / picture).read_bytes()
-    (folder / "text.png").write_text("no picture at all")
+def broken_images(folder, image):
+    whole = (folder / image).read_bytes()
+    (folder / "text.png").write_text("no image at all")
     (folder / "truncated.png").write_bytes(whole[: len(whole) // 2])
-    Image.open(folder / picture).save(folder / "whole.jpg")
+    Image.open(folder / image).save(folder / "whole.jpg")
     jpeg = (folder / "whole.jpg").read_bytes()
     (folder / "truncated.jpg").write_bytes(jpeg[: len(jpeg) // 2])
     (folder / "empty.png").write_bytes(b"")
@@ -100,31 +100,31 @@ def broken_pictures(folder, picture):
     [
         ("none.png", "'none.png' is not a file"),
         (".", "'.' is not a file"),
-        ("text.png", "'text.png' is not a picture"),
-        ("empty.png", "'empty.png' is not a picture"),
+        ("text.png", "'text.png' is not an image"),
+        ("empty.png", "'empty.png' is not an image"),
         ("truncated.png", "'truncated.png' is damaged"),
         ("truncated.jpg", "'truncated.jpg' is damaged"),
     ],
 )
-def test_ask_about_a_broken_picture(capsys, checkpoint, picture, tmp_path, name, words):
-    broken_pictures(tmp_path, picture)
+def test_ask_about_a_broken_image(capsys, checkpoint, image, tmp_path, name, words):
+    broken_images(tmp_path, image)
     assert refused(capsys, ["ask", "--model", checkpoint, "--image", name, "a dog ?"], words).out == ""
 
 
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["ask", "--model", "MODEL", "--image", "PICTURE", "  "], "question: got an empty text"),
+        (["ask", "--model", "MODEL", "--image", "IMAGE", "  "], "question: got an empty text"),
         (
-            ["ask", "--model", "MODEL", "--image", "PICTURE", "x", "--overlay", "no/o.png"],
+            ["ask", "--model", "MODEL", "--image", "IMAGE", "x", "--overlay", "no/o.png"],
             "'no/o.png' is not in a folder",
         ),
-        (["ask", "--model", ".", "--image", "PICTURE", "x"], "model: '.' could not be loaded as an AGE-VLM"),
-        (["ask", "--model", "MODEL", "--image", "PICTURE", "x", "--max-new-tokens", "0"], "max_new_tokens"),
+        (["ask", "--model", ".", "--image", "IMAGE", "x"], "model: '.' could not be loaded as an AGE-VLM"),
+        (["ask", "--model", "MODEL", "--image", "IMAGE", "x", "--max-new-tokens", "0"], "max_new_tokens"),
     ],
 )
-def test_ask_refuses(capsys, checkpoint, picture, arguments, words):
-    swap = {"MODEL": checkpoint, "PICTURE": picture}
+def test_ask_refuses(capsys, checkpoint, image, arguments, words):
+    swap = {"MODEL": checkpoint, "IMAGE": image}
     refused(capsys, [swap.get(argument, argument) for argument in arguments], words)
 
 
@@ -154,7 +154,7 @@ def test_ground_says_what_it_made_and_where(capsys, scenes, tmp_path):
     arguments = ["ground", scenes, "--teacher", "annotated", "--max-area", "0.06", "--output", "out"]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "phrases left out: its mask covers more than 0.06 of the picture" in printed
+    assert "phrases left out: its mask covers more than 0.06 of the image" in printed
     assert "Report: out/report.html" in printed and 'load_dataset("out", split="train")' in printed
     before = files(tmp_path / "out")
     assert main(arguments) == 0
@@ -183,11 +183,11 @@ def test_ground_says_what_it_made_and_where(capsys, scenes, tmp_path):
             "output: 'scenes' is not a folder of `age-vlm ground`",
         ),
         (["nowhere", "--teacher", "annotated"], "data: 'nowhere' .a Hub id, and no folder here. cannot be loaded"),
-        (["pictures", "--teacher", "annotated"], "data: got the columns picture, expected those of the schema"),
+        (["images", "--teacher", "annotated"], "data: got the columns image, expected those of the schema"),
     ],
 )
 def test_ground_refuses_and_leaves_nothing(capsys, scenes, tmp_path, arguments, words):
-    datasets.Dataset.from_dict({"picture": [1]}).save_to_disk(tmp_path / "pictures")
+    datasets.Dataset.from_dict({"image": [1]}).save_to_disk(tmp_path / "images")
     before = files(tmp_path)
     refused(capsys, ["ground", *arguments], words)
     assert files(tmp_path) == before
@@ -263,7 +263,7 @@ def test_debug_shows_where_an_error_comes_from(capsys):
 
 
 @pytest.fixture
-def places(tmp_path, picture, recipe, checkpoint, monkeypatch):
+def places(tmp_path, image, recipe, checkpoint, monkeypatch):
     # pytest's own folder may be looked into by nobody but its owner.
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(tmp_path, folder, dirs_exist_ok=True)
@@ -349,11 +349,11 @@ PLACES = [
     ("ground scenes --teacher annotated --output locked/new", "output: 'locked/new' cannot be written"),
     ("ask x --image folder", "images: 'folder' is not a file"),
     ("ask x --image secret.png", "images: 'secret.png' .*Permission denied"),
-    ("ask x --image picture.png --model file", "model: 'file' could not be loaded"),
-    ("ask x --image picture.png --model secret", "model: 'secret' could not be loaded"),
-    ("ask x --image picture.png --overlay folder", "--overlay: 'folder' is a folder"),
-    ("ask x --image picture.png --overlay locked/o.png", "--overlay: 'locked/o.png' cannot be written"),
-    ("ask x --image picture.png --overlay o.txt", "--overlay: got 'o.txt', expected the name of an image"),
+    ("ask x --image image.png --model file", "model: 'file' could not be loaded"),
+    ("ask x --image image.png --model secret", "model: 'secret' could not be loaded"),
+    ("ask x --image image.png --overlay folder", "--overlay: 'folder' is a folder"),
+    ("ask x --image image.png --overlay locked/o.png", "--overlay: 'locked/o.png' cannot be written"),
+    ("ask x --image image.png --overlay o.txt", "--overlay: got 'o.txt', expected the name of an image"),
 ]
 
 

@@ -38,8 +38,8 @@ def test_figures_on_some_test_scenes_are_those_of_the_card(checkpoint):
         assert abs(figures[name] - stated[name]) < 0.1, name
 
 
-def test_it_answers_about_the_example_picture(checkpoint):
-    picture = Image.open(bundled_checkpoint().parents[1] / "pictures" / "scene.png")
+def test_it_answers_about_the_example_image(checkpoint):
+    picture = Image.open(bundled_checkpoint().parents[1] / "images" / "scene.png")
     answer = ask(*checkpoint, picture, "what colour is the cross?")
     assert answer.text and [word for word, _ in answer.words] == ["colour", "cross", answer.text]
 
@@ -59,6 +59,6 @@ def test_the_blank_control_does_not_see_the_image(checkpoint):
     found = measured(*checkpoint, recipe, source)
     grey = [replace(item, image=Image.new("RGB", item.image.size, "grey")) for item in source.test]
     expected, _ = answer_metrics(*checkpoint, grey)
-    assert found["blank picture"] == expected
+    assert found["blank image"] == expected
     for name in ("pope/adversarial/accuracy", "colour/accuracy"):
-        assert found["model"][name] > found["blank picture"][name] + 0.2
+        assert found["model"][name] > found["blank image"][name] + 0.2

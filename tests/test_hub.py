@@ -64,8 +64,8 @@ def checkpoint(tmp_path_factory, make_model, processor):
 
 
 @pytest.fixture(scope="module")
-def picture(tmp_path_factory):
-    path = tmp_path_factory.mktemp("picture") / "picture.png"
+def image(tmp_path_factory):
+    path = tmp_path_factory.mktemp("image") / "image.png"
     Image.effect_mandelbrot((40, 30), (-2, -1.5, 1, 1.5), 50).save(path)
     return path
 
@@ -90,19 +90,19 @@ def python(code, *arguments, home):
 
 
 @torch.no_grad()
-def test_loads_and_saves_where_age_vlm_is_not_installed(checkpoint, picture, tmp_path):
+def test_loads_and_saves_where_age_vlm_is_not_installed(checkpoint, image, tmp_path):
     model, processor = (
         AgeVlmForConditionalGeneration.from_pretrained(checkpoint),
         AgeVlmProcessor.from_pretrained(checkpoint),
     )
-    batch = processor(images=Image.open(picture), text=TEXT, return_tensors="pt")
+    batch = processor(images=Image.open(image), text=TEXT, return_tensors="pt")
     expected = model(**batch).logits
     source = checkpoint
     for generation in ("first", "second"):
         target = tmp_path / generation
         home = tmp_path / f"modules_{generation}"
         home.mkdir()
-        python(LOAD_AND_SAVE_AGAIN, source, target, picture, home=home)
+        python(LOAD_AND_SAVE_AGAIN, source, target, image, home=home)
         there = torch.load(f"{target}.pt")
         assert torch.equal(there["pixel_values"], batch["pixel_values"])
         assert torch.equal(there["input_ids"], batch["input_ids"])
@@ -153,11 +153,9 @@ def test_auto_classes_know_age_vlm(checkpoint):
     assert isinstance(AutoProcessor.from_pretrained(checkpoint), AgeVlmProcessor)
 
 
-def test_pipeline_answers(checkpoint, picture):
+def test_pipeline_answers(checkpoint, image):
     ask = pipeline("image-text-to-text", model=str(checkpoint))
-    messages = [
-        {"role": "user", "content": [{"type": "image", "path": str(picture)}, {"type": "text", "text": "What?"}]}
-    ]
+    messages = [{"role": "user", "content": [{"type": "image", "path": str(image)}, {"type": "text", "text": "What?"}]}]
     answers = ask(text=[messages, messages], max_new_tokens=3, return_full_text=False)
     assert len(answers) == 2 and answers[0] == answers[1]
     assert isinstance((answers[0][0] if isinstance(answers[0], list) else answers[0])["generated_text"], str)
@@ -321,7 +319,7 @@ def test_saving_with_push_uploads_the_same(make_config, processor, make_model, u
         assert set(checkpoint_code()) <= set(uploads[f"someone/{name}"])
 
 
-def test_a_pushed_checkpoint_is_one_commit_with_a_card(make_model, processor, make_batch, picture, uploads, tmp_path):
+def test_a_pushed_checkpoint_is_one_commit_with_a_card(make_model, processor, make_batch, image, uploads, tmp_path):
     model = make_model()
     push_checkpoint(model, processor, "someone/model")
     assert uploads.commits == [("someone/model", None)]
@@ -415,7 +413,7 @@ model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=Tr
 assert type(model).__module__.startswith("transformers_modules.")
 assert type(AutoConfig.from_pretrained(folder, trust_remote_code=True)).__name__ == "AgeVlmConfig"
 text = processor.apply_chat_template(messages, add_generation_prompt=True)
-batch = processor(images=[list(stored["picture"].permute(0, 3, 1, 2))], text=[text], return_tensors="pt")
+batch = processor(images=[list(stored["image"].permute(0, 3, 1, 2))], text=[text], return_tensors="pt")
 with torch.no_grad():
     logits = model(stored["input_ids"], stored["pixel_values"]).logits
     answer = model.generate(**batch, do_sample=False, max_new_tokens=stored["answer"].shape[1])
@@ -453,7 +451,7 @@ def test_an_old_checkpoint_loads_in_this_version(old, caplog, monkeypatch):
     text = processor.apply_chat_template(
         json.loads((old / "expected.json").read_text())["messages"], add_generation_prompt=True
     )
-    batch = processor(images=[list(stored["picture"].permute(0, 3, 1, 2))], text=[text], return_tensors="pt")
+    batch = processor(images=[list(stored["image"].permute(0, 3, 1, 2))], text=[text], return_tensors="pt")
     with torch.no_grad():
         logits = model(stored["input_ids"], stored["pixel_values"]).logits
         answer = model.generate(**batch, do_sample=False, max_new_tokens=stored["answer"].shape[1])

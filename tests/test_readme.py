@@ -25,7 +25,7 @@ def test_use_it_from_python(tmp_path, monkeypatch, capsys):
     question = {"type": "text", "text": "is there a red circle in the picture?"}
     processor.tokenizer.padding_side = "left"
     inputs = processor.apply_chat_template(
-        [chat, [{"role": "user", "content": [names["picture"], question]}]],
+        [chat, [{"role": "user", "content": [names["image"], question]}]],
         padding=True,
         add_generation_prompt=True,
         tokenize=True,

@@ -24,7 +24,7 @@ def test_heat_peaks_where_the_attention_does(h, w, height, width, data):
     assert abs((x + 0.5) * w / width - (column + 0.5)) <= 0.5 + w / width
 
 
-def test_alpha_zero_is_the_picture():
+def test_alpha_zero_is_the_image():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
     assert np.array_equal(np.asarray(overlay(image, torch.rand(4, 4), alpha=0)), np.asarray(image))
 
@@ -70,7 +70,7 @@ def test_sheet_holds_a_readable_tile_for_every_word(words, columns, width, heigh
     assert sheet.width >= across * int(width * scale) and sheet.height >= down * int(height * scale)
 
 
-def test_small_picture_is_enlarged_and_words_differ():
+def test_small_image_is_enlarged_and_words_differ():
     image = Image.new("RGB", (64, 64), "white")
     left, right = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
     one, other = (overlay_sheet(image, [("word", attention)]) for attention in (left, right))

@@ -86,10 +86,10 @@ def test_a_question_of_function_words_has_no_maps(model, processor, picture):
 
 
 @pytest.mark.parametrize("kind", ["path", "array", "tensor"])
-def test_pictures_of_every_kind(model, processor, picture, tmp_path, kind):
-    picture.save(tmp_path / "picture.png")
+def test_images_of_every_kind(model, processor, picture, tmp_path, kind):
+    picture.save(tmp_path / "image.png")
     given = {
-        "path": tmp_path / "picture.png",
+        "path": tmp_path / "image.png",
         "array": np.asarray(picture),
         "tensor": torch.from_numpy(np.array(picture)).permute(2, 0, 1),
     }[kind]

@@ -148,12 +148,12 @@ def test_a_seed_gives_the_same_run_again_and_measures_on_the_way(source, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_blocks_and_pictures_that_are_not_there_are_found_before_training(source, tmp_path):
+def test_blocks_and_images_that_are_not_there_are_found_before_training(source, tmp_path):
     with pytest.raises(ValueError, match="^alignment.layers: got 5"):
         fit(recipe_of(alignment=AlignmentConfig(layers=[5])), source, tmp_path, progress=False)
     bare = copy.copy(source)
-    bare.pictures = None
-    with pytest.raises(ValueError, match="^warm_start.steps: got 3, but this data has no single pictures"):
+    bare.images = None
+    with pytest.raises(ValueError, match="^warm_start.steps: got 3, but this data has no single images"):
         fit(recipe_of(warm_start=WarmStartRecipe(steps=3)), bare, tmp_path, progress=False)
 
 

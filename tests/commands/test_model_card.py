@@ -25,7 +25,7 @@ from age_vlm.data.mix import Mix
 from age_vlm.hub import save_checkpoint
 
 
-METRICS = {"model": {"pope/random/accuracy": 0.98765, "attention_mass": 0.5}, "blank picture": {"count/accuracy": 0.25}}
+METRICS = {"model": {"pope/random/accuracy": 0.98765, "attention_mass": 0.5}, "blank image": {"count/accuracy": 0.25}}
 TRANSFORMER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 ENVIRONMENT = {"python": "3.11", "torch": "2.15", "threads": 2}
 
@@ -51,14 +51,14 @@ def test_it_says_how_the_model_was_made_and_how_well_it_does():
     text = card_of(recipe)
     block = text.split("```yaml\n")[1].split("```")[0]
     assert yaml.safe_load(block) == yaml.safe_load(recipe.to_yaml())
-    assert "Seed 11" in text and "all weights from random values" in text and "7 test pictures" in text
+    assert "Seed 11" in text and "all weights from random values" in text and "7 test images" in text
     for name, value in ENVIRONMENT.items():
         assert f"{name} {value}" in text
 
 
 def test_figures_are_a_table_with_a_column_a_row_of_figures():
     lines = card_of(Recipe()).splitlines()
-    start = lines.index("| figure | model | blank picture |")
+    start = lines.index("| figure | model | blank image |")
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start : start + 5]]
     assert table[1] == ["---"] * 3
     assert table[2:] == [
@@ -218,7 +218,7 @@ def test_no_path_of_this_machine_is_on_it(tmp_path, monkeypatch):
     (tmp_path / "some" / "llama").mkdir(parents=True)
     here = str(tmp_path)
     photographs = DataRecipe(
-        kind="label_maps", images="some/pictures", labels=f"{here}/labels", instances="../instances", classes=["sky"]
+        kind="label_maps", images="some/images", labels=f"{here}/labels", instances="../instances", classes=["sky"]
     )
     recipes = [
         Recipe(model=ModelRecipe(text=f"{here}/text", vision="some/llama"), data=photographs),
@@ -277,7 +277,7 @@ def test_the_snippets_of_the_cards_run(built, backbones, tmp_path):
         assert snippet.count(THIS_REPOSITORY) == 1
         lines.append(snippet.replace(THIS_REPOSITORY, str(folder)))
     (tmp_path / "snippets.py").write_text("\n".join(lines))
-    Image.effect_mandelbrot((40, 30), (-2, -1.5, 1, 1.5), 50).save(tmp_path / "picture.png")
+    Image.effect_mandelbrot((40, 30), (-2, -1.5, 1, 1.5), 50).save(tmp_path / "image.png")
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "snippets.py"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=240)
@@ -289,7 +289,7 @@ def test_the_snippets_of_the_cards_run(built, backbones, tmp_path):
     expected = []
     for message in messages:
         text = processor.apply_chat_template(message, add_generation_prompt=True)
-        batch = processor(images=Image.open(tmp_path / "picture.png"), text=text, return_tensors="pt")
+        batch = processor(images=Image.open(tmp_path / "image.png"), text=text, return_tensors="pt")
         answer = built.generate(**batch, max_new_tokens=16)[0, batch["input_ids"].shape[1] :]
         expected.append(processor.decode(answer, skip_special_tokens=True))
     assert done.stdout.decode() == "".join(f"{answer}\n" for answer in expected)

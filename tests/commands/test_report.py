@@ -47,7 +47,7 @@ CONTENT = {
 
 
 class Page(HTMLParser):
-    """Tags that are open, pictures, references and text of a page."""
+    """Tags that are open, images, references and text of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -81,9 +81,9 @@ def test_page_is_well_formed_and_needs_no_network(page, tmp_path):
     assert not re.search(r"url\(|@import", (tmp_path / "report.html").read_text("utf-8"))
 
 
-def test_pictures_are_whole(page):
-    pictures = [base64.b64decode(s.partition(",")[2]) for s in page.sources if s.startswith("data:image/png")]
-    sizes = [Image.open(io.BytesIO(data)).size for data in pictures]
+def test_images_are_whole(page):
+    images = [base64.b64decode(s.partition(",")[2]) for s in page.sources if s.startswith("data:image/png")]
+    sizes = [Image.open(io.BytesIO(data)).size for data in images]
     assert sizes == [(64, 64), (300, 200), (480, 240)]
     plots = [base64.b64decode(s.partition(",")[2]) for s in page.sources if s.startswith("data:image/svg+xml")]
     assert len(plots) == 2 and all(plot.rstrip().endswith(b"</svg>") for plot in plots)

@@ -31,7 +31,7 @@ SCENES = DataRecipe(train=6, validation=2, test=3)
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
-    """A folder each of pictures and class indices: bands of three classes, of which one is not in every picture."""
+    """A folder each of images and class indices: bands of three classes, of which one is not in every image."""
     folder = tmp_path_factory.mktemp("photographs")
     rng = np.random.default_rng(0)
     for part in ("images", "labels", "instances"):
@@ -71,7 +71,7 @@ def test_a_source_holds_what_its_recipe_says(kind, photographs):
     texts = [question.text for item in source.test for question in item.questions]
     texts += [part["text"] for index in range(3) for m in source.train[index]["messages"] for part in m["content"][-1:]]
     assert all(unknown not in source.tokenizer(text)["input_ids"] for text in texts)
-    assert (source.pictures is None) == (kind == "label_maps")
+    assert (source.icons is None) == (kind == "label_maps")
     assert (source.prior is None) == (kind == "scenes")
 
 
@@ -150,7 +150,7 @@ def test_a_stored_data_set_is_the_same_in_every_form(stored, form):
     assert not trained & {item.image.tobytes() for item in (*source.validation, *source.test)}
     unknown = source.tokenizer.unk_token_id
     assert all(unknown not in source.tokenizer(message_text(m))["input_ids"] for m in expected[9]["messages"])
-    assert source.pictures is None and source.prior is None
+    assert source.icons is None and source.prior is None
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_what_is_no_data_set_is_one_sentence(stored, form, split, words):
     assert "\n" not in str(caught.value)
 
 
-def test_pictures_without_a_type_are_read(stored, tmp_path):
+def test_images_without_a_type_are_read(stored, tmp_path):
     table = to_dataset("train", 2).with_format("arrow")[:].replace_schema_metadata(None)
     pyarrow.parquet.write_table(table, tmp_path / "plain.parquet")
     samples = open_dataset(str(tmp_path))
@@ -230,7 +230,7 @@ def test_counts_are_asked_where_instances_are_given(photographs):
     assert kinds(dataclasses.replace(photographs, instances=instances)) == {"existence", "count"}
 
 
-def test_the_seed_chooses_training_pictures_only():
+def test_the_seed_chooses_training_images_only():
     sources = [load_source(SCENES, seed) for seed in (0, 1)]
     first, second = ([np.asarray(source.train[i]["images"][0]) for i in range(3)] for source in sources)
     assert not any(np.array_equal(*pair) for pair in zip(first, second))
@@ -239,7 +239,7 @@ def test_the_seed_chooses_training_pictures_only():
         assert items[0].questions == items[1].questions
 
 
-def test_warm_up_pictures_fit_their_labels():
+def test_warm_up_images_fit_their_labels():
     pictures, labels = load_source(SCENES, 0).pictures
     assert {pictures[index]["label"] for index in range(400)} == set(range(labels))
 
@@ -293,7 +293,7 @@ def test_without_another_mask_there_is_none():
 
 @given(st.data())
 @settings(max_examples=60, deadline=None)
-def test_masks_of_others_fit_pictures_of_any_size(data):
+def test_masks_of_others_fit_images_of_any_size(data):
     sizes = data.draw(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=2, max_size=4))
     samples = []
     for number, (height, width) in enumerate(sizes):
@@ -314,7 +314,7 @@ def test_masks_of_others_fit_pictures_of_any_size(data):
             assert decode_mask(item["mask"]).any()
 
 
-def test_a_mask_of_another_covers_the_same_part_of_the_picture():
+def test_a_mask_of_another_covers_the_same_part_of_the_image():
     def large(name, size, box):
         mask = np.zeros(size, bool)
         mask[box] = True
@@ -372,11 +372,11 @@ def test_chats_whose_content_is_a_text(tmp_path):
         open_dataset(str(tmp_path))
 
 
-def test_a_damaged_picture_in_the_held_out_part_is_named(tmp_path):
+def test_a_damaged_image_in_the_held_out_part_is_named(tmp_path):
     chat = [user_message("is it red?", images=1), assistant_message("yes")]
     rows = [
         {"id": name, "images": [{"bytes": content, "path": None}], "messages": chat, "groundings": []}
-        for name, content in (("whole", png()), ("broken", b"no picture at all"))
+        for name, content in (("whole", png()), ("broken", b"no image at all"))
     ]
     datasets.Dataset.from_list(rows, features=FEATURES).save_to_disk(tmp_path)
     samples = open_dataset(str(tmp_path))

@@ -91,7 +91,7 @@ def test_what_was_logged_and_measured_is_written(run):
     expected = {f"pope/{mode}/{name}" for mode in ("random", "popular", "adversarial") for name in ("accuracy", "f1")}
     expected |= {"count/accuracy", "colour/accuracy", "relation/accuracy"}
     assert expected | {"attention_mass", "pointing_accuracy"} <= set(metrics["model"])
-    assert expected <= set(metrics["blank picture"]) and "attention_mass" not in metrics["blank picture"]
+    assert expected <= set(metrics["blank image"]) and "attention_mass" not in metrics["blank image"]
 
 
 def test_the_checkpoint_is_the_model_that_was_measured(run, recipe):
@@ -115,7 +115,7 @@ def test_the_report_needs_nothing_beside_it(run):
     assert "short &lt;run&gt;" in page and "<run>" not in page
     for reference in ('src="', 'href="'):
         assert all(part.startswith("data:") for part in page.split(reference)[1:])
-    for words in ("pope/adversarial/accuracy", "blank picture", "pointing_accuracy (training)"):
+    for words in ("pope/adversarial/accuracy", "blank image", "pointing_accuracy (training)"):
         assert words in page
 
 
@@ -215,7 +215,7 @@ def test_a_stored_data_set_is_trained_and_measured_on(tmp_path):
     recipe = load_recipe(path, [*TINY, f"data.path={tmp_path / 'data'}"])
     metrics = run_recipe(recipe, tmp_path / "run", progress=False)
     assert set(metrics["model"]) == {"yes_no/accuracy", "yes_no/auc", "attention_mass", "pointing_accuracy"}
-    assert set(metrics["blank picture"]) == {"yes_no/accuracy", "yes_no/auc"}
+    assert set(metrics["blank image"]) == {"yes_no/accuracy", "yes_no/auc"}
     (point,) = json.loads((tmp_path / "run" / "metrics.json").read_text("utf-8"))["validation_curve"]
     assert 0 <= point["yes_no_accuracy"] <= 1
     card = (tmp_path / "run" / "checkpoint" / "README.md").read_text("utf-8")
@@ -229,9 +229,9 @@ def test_data_without_questions_are_trained_on_and_the_lack_is_said(tmp_path):
     (tmp_path / "data").mkdir()
     captions.to_parquet(tmp_path / "data" / "part-0.parquet")
     recipe = load_recipe(path, [*TINY, f"data.path={tmp_path / 'data'}", "training.language_model=frozen"])
-    with pytest.warns(UserWarning, match="asks no question about one picture that is answered by yes or no"):
+    with pytest.warns(UserWarning, match="asks no question about one image that is answered by yes or no"):
         metrics = run_recipe(recipe, tmp_path / "run", progress=False)
-    assert metrics == {"model": {}, "blank picture": {}}
+    assert metrics == {"model": {}, "blank image": {}}
     assert "No figures" in (tmp_path / "run" / "report.html").read_text("utf-8")
 
 

@@ -50,7 +50,9 @@ def test_blocks_and_heads_that_the_model_lacks_are_refused():
     with pytest.raises(ValueError, match="^alignment.layers: got 3, expected 0 to 1: the model has 2 blocks"):
         AlignmentConfig(layers=[0, 3, 2]).check(small(2))
     for heads in ([4], [0, 5, 4]):  # the first of several is named
-        with pytest.raises(ValueError, match=f"^alignment.heads: got {max(heads)}, expected 0 to 3: the model has 4 heads"):
+        with pytest.raises(
+            ValueError, match=f"^alignment.heads: got {max(heads)}, expected 0 to 3: the model has 4 heads"
+        ):
             AlignmentConfig(heads=heads).check(small(1))
 
 

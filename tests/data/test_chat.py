@@ -60,7 +60,7 @@ def find(message, words, occurrence=0):
     return start, start + len(words)
 
 
-# Pictures between the text parts of one message, a word that is a role, and words that come again elsewhere.
+# Images between the text parts of one message, a word that is a role, and words that come again elsewhere.
 SPLIT = {
     "role": "user",
     "content": [
@@ -91,7 +91,7 @@ def test_a_phrase_is_found_where_it_stands_and_nowhere_else(any_processor, messa
     chat = ChatEncoder(any_processor)(CHAT)
     tokens = chat.phrase_tokens(message, *find(CHAT[message], words, occurrence))
     assert phrase(any_processor, chat, message, *find(CHAT[message], words, occurrence)).strip() == words
-    # Everything before the phrase, pictures and template aside, is decoded from what stands before its tokens.
+    # Everything before the phrase, images and template aside, is decoded from what stands before its tokens.
     rendered = any_processor.apply_chat_template(CHAT, tokenize=False)
     before = rendered[: chat.offsets[tokens[0]][0]].rstrip()
     occurrences = [
@@ -103,7 +103,7 @@ def test_a_phrase_is_found_where_it_stands_and_nowhere_else(any_processor, messa
     assert occurrences[earlier] == len(before)
 
 
-def test_a_phrase_may_reach_over_a_picture(any_processor):
+def test_a_phrase_may_reach_over_a_image(any_processor):
     chat = ChatEncoder(any_processor)([SPLIT])
     start, _ = find(SPLIT, "sees")
     _, end = find(SPLIT, "zebra", 1)
@@ -153,9 +153,9 @@ def test_unicode_text_is_encoded_as_the_tokenizer_does(bpe_processor, question, 
     ],
 )
 def test_labels_are_what_the_template_calls_generated(any_processor, messages):
-    picture = {"type": "image", "image": Image.new("RGB", (8, 8))}
+    image = {"type": "image", "image": Image.new("RGB", (8, 8))}
     shown = [
-        {**message, "content": [picture if part["type"] == "image" else part for part in message["content"]]}
+        {**message, "content": [image if part["type"] == "image" else part for part in message["content"]]}
         for message in messages
     ]
     reference = any_processor.apply_chat_template(

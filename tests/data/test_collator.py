@@ -69,7 +69,7 @@ def aligned(processor, batch):
     return [(row, place, slot) for (row, place), slot in zip(rows, slots)], texts
 
 
-def test_the_grid_is_that_of_the_model_whatever_the_picture(model, processor, grid):
+def test_the_grid_is_that_of_the_model_whatever_the_image(model, processor, grid):
     for size in ((32, 32), (90, 11)):
         inputs = processor(images=[picture(0, size)], text=[processor.image_token], return_tensors="pt")
         outputs = model(**inputs, cross_attention_queries=torch.tensor([[0, 1]]))
@@ -136,7 +136,7 @@ def test_coverage_is_the_share_of_each_cell_that_a_rectangle_covers(make_collato
     mask = box(size, left, top, right, bottom)
     image = Image.new("RGB", size)
     batch = make_collator()([sample(messages, [image], [phrase(messages, 0, "dog", size=size, mask=mask)])])
-    # The processor stretches the whole picture, so cells are equal parts of the source.
+    # The processor stretches the whole image, so cells are equal parts of the source.
     rows, columns = grid
     y, x = torch.linspace(0, height, rows + 1).double(), torch.linspace(0, width, columns + 1).double()
     tall = (y[1:].clamp(max=bottom) - y[:-1].clamp(min=top)).clamp(min=0) / (height / rows)
@@ -168,7 +168,7 @@ def test_masks_of_one_phrase_are_one_mask(make_collator):
     assert len(batch["grounding_coverage"]) == 1
     for key, value in expected.items():
         assert torch.equal(batch[key], value), key
-    # The same phrase in another picture is a grounding of its own.
+    # The same phrase in another image is a grounding of its own.
     messages[0]["content"].insert(0, {"type": "image", "text": None})
     groundings = [phrase(messages, 0, "three men", image=number, size=size, mask=parts[number]) for number in (0, 1)]
     batch = make_collator(image_visibility="all")([sample(messages, [image, image], groundings)])
@@ -184,7 +184,7 @@ def test_packed_groundings_point_at_their_own_turn(processor, make_collator):
     assert [row for row, _, _ in places] == [1] * 4
     positions = batch["position_ids"][1, [place for _, place, _ in places]].tolist()
     assert positions[:2] == positions[2:] and places[1][1] < places[2][1]
-    # Both rows have one picture, seen by three and by two questions.
+    # Both rows have one image, seen by three and by two questions.
     assert batch["image_indices"].tolist() == [0, 0, 0, 1, 1]
 
 
@@ -202,7 +202,7 @@ MANY = [
 ]
 
 
-def test_slots_of_several_pictures_are_those_the_model_shows(make_model, processor, make_collator):
+def test_slots_of_several_images_are_those_the_model_shows(make_model, processor, make_collator):
     model = make_model(image_visibility="all_previous")
     groundings = [
         phrase(MANY, 0, "a dog", image=0),
@@ -218,12 +218,12 @@ def test_slots_of_several_pictures_are_those_the_model_shows(make_model, process
     slots = batch.pop("grounding_slots")
     maps = model(**batch, cross_attention_queries=rows).cross_attention_maps
     mass = [maps[0][:, :, slot * tokens : (slot + 1) * tokens].sum(-1) for slot in (0, 1)]
-    assert mass[1][0].eq(0).all() and mass[0][0].gt(0.99).all()  # "a dog" stands before the second picture
+    assert mass[1][0].eq(0).all() and mass[0][0].gt(0.99).all()  # "a dog" stands before the second image
     for row, slot in zip((1, 2), slots[1:]):
         assert mass[int(slot)][row].gt(0).all()
 
 
-def test_a_phrase_is_only_aligned_with_a_picture_that_it_sees(make_collator):
+def test_a_phrase_is_only_aligned_with_a_image_that_it_sees(make_collator):
     later = phrase(MANY, 0, "a dog", image=1)
     earlier = phrase(MANY, 0, "a cat", image=0)
     pictures = [picture(0), picture(1)]
@@ -232,7 +232,7 @@ def test_a_phrase_is_only_aligned_with_a_picture_that_it_sees(make_collator):
         assert len(batch.get("grounding_queries", ())) == count
 
 
-def test_a_later_question_sees_all_pictures_before_or_its_own(make_collator):
+def test_a_later_question_sees_all_images_before_or_its_own(make_collator):
     messages = turns(("what?", "a dog"), ("and?", "no"), images=2)
     messages += [user_message("this one?", images=1), assistant_message("a cat"), user_message("so?")]
     batch = make_collator(independent_turns=True)([sample(messages, [picture(0), picture(1), picture(2)])])
@@ -251,7 +251,7 @@ def test_a_system_message_is_in_front_of_every_question(processor, make_collator
     assert "big" in processor.tokenizer.decode(batch["input_ids"][0, places[0][1] - 6 : places[0][1]])
 
 
-def test_batches_without_masks_or_pictures(model, make_collator):
+def test_batches_without_masks_or_images(model, make_collator):
     for independent in (False, True):
         collator = make_collator(independent_turns=independent)
         batch = collator([sample(turns(("hi", "hello"), images=0), []), sample(turns(("hi?", "x"), images=0), [])])
@@ -294,7 +294,7 @@ def test_a_phrase_that_still_has_no_mask_is_refused(make_collator):
         collator([sample(TALK, [picture(0)], groundings[:1])])
 
 
-def test_truncation_keeps_pictures_and_drops_groundings_that_it_cuts_off(make_collator):
+def test_truncation_keeps_images_and_drops_groundings_that_it_cuts_off(make_collator):
     groundings = [phrase(TALK, 0, "dog"), phrase(TALK, 5, "red car")]
     whole = make_collator()([sample(TALK, [picture(0)], groundings)])
     (_, early), (_, late) = whole["grounding_queries"].tolist()
@@ -305,7 +305,7 @@ def test_truncation_keeps_pictures_and_drops_groundings_that_it_cuts_off(make_co
         assert torch.equal(batch["input_ids"][0], whole["input_ids"][0, :length])
         rows = batch["grounding_queries"][:, 0].tolist() if "grounding_queries" in batch else []
         assert rows.count(0) == kept and rows.count(1) == min(kept, 1)
-    with pytest.raises(ValueError, match="max_length: sample 'one' has .* a picture after token"):
+    with pytest.raises(ValueError, match="max_length: sample 'one' has .* an image after token"):
         make_collator(max_length=3)([sample(TALK, [picture(0)])])
     with pytest.raises(ValueError, match="max_length: sample 'one'"):
         make_collator(max_length=early + 5, independent_turns=True)([sample(TALK, [picture(0)])])
@@ -375,7 +375,7 @@ def test_a_collator_can_be_sent_to_another_process(make_collator):
 
 
 def flat(number, extra=0, pictures=1):
-    """A short chat of its own length, with a grounded phrase where it has a picture."""
+    """A short chat of its own length, with a grounded phrase where it has an image."""
     messages = turns(("is there a dog" + "?" * extra, "yes" * (1 + number % 3)), images=pictures)
     groundings = [phrase(messages, 0, "dog", image=each) for each in range(pictures)]
     return sample(
@@ -384,7 +384,7 @@ def flat(number, extra=0, pictures=1):
 
 
 def uneven():
-    """Texts of several lengths, among them one without a picture and one with several, and shared pictures."""
+    """Texts of several lengths, among them one without an image and one with several, and shared images."""
     shared = picture(99)
     many = sample(MANY, [shared, picture(1)], [phrase(MANY, 0, "a dog"), phrase(MANY, 0, "a cat", image=1)], "many")
     turned = sample(MANY, [picture(2), shared], [phrase(MANY, 0, "the dog", image=1)], "turned")
@@ -446,7 +446,7 @@ def test_packed_samples_learn_exactly_what_each_alone_would(make_model, make_col
         )
 
 
-def test_packing_keeps_texts_pictures_and_phrases_together(processor, make_collator):
+def test_packing_keeps_texts_images_and_phrases_together(processor, make_collator):
     samples = uneven()
     plain = make_collator()(samples)
     batch = make_collator(packing=True)(samples)
@@ -474,16 +474,16 @@ def test_a_packed_sample_is_cut_and_refused_like_any(make_collator):
     whole = make_collator()([long])["input_ids"].shape[1]
     batch = make_collator(packing=True, max_length=whole - 30, pack_length=whole)([long, flat(0), flat(1)])
     assert batch["position_ids"].max() < whole - 30 and len(batch["grounding_queries"]) == 2
-    with pytest.raises(ValueError, match="max_length: sample 'long' has .* a picture after token"):
+    with pytest.raises(ValueError, match="max_length: sample 'long' has .* an image after token"):
         make_collator(packing=True, max_length=3)([long])
 
 
-def test_a_sample_whose_picture_or_mask_cannot_be_read_is_named(make_collator):
+def test_a_sample_whose_image_or_mask_cannot_be_read_is_named(make_collator):
     file = io.BytesIO()
     picture(0, (64, 64)).save(file, "PNG")
     cut = Image.open(io.BytesIO(file.getvalue()[: len(file.getvalue()) // 2]))
     bad = sample(turns(("a dog?", "yes")), [cut], name="half a file")
-    with pytest.raises(ValueError, match="^sample 'half a file': images: the picture is damaged: ") as caught:
+    with pytest.raises(ValueError, match="^sample 'half a file': images: the image is damaged: ") as caught:
         make_collator()([flat(0), bad])
     assert "\n" not in str(caught.value)
     bad = flat(1)

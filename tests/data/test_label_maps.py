@@ -102,7 +102,7 @@ def test_split_parts_are_ordered_and_share_nothing(n, fraction, validation):
 @given(
     st.integers(0, 9), st.integers(0, 2**31), st.integers(1, 90), st.integers(1, 90), st.floats(0.05, 1), st.booleans()
 )
-def test_labels_follow_the_picture(maps, index, seed, width, height, min_side, augment):
+def test_labels_follow_the_image(maps, index, seed, width, height, min_side, augment):
     crop = maps.crop(index, np.random.default_rng(seed), (width, height), min_side, augment=augment)
     assert crop.image.size == (width, height) and crop.labels.shape == (height, width)
     assert set(np.unique(crop.labels)) <= set(np.unique(maps.frames[index].labels))
@@ -123,7 +123,7 @@ def test_flipped_and_plain_crops_keep_pixels_and_labels_together(maps):
 
 
 def test_crop_sides_span_the_range_and_keep_proportions(folder, tmp_path):
-    # A picture whose pixels hold their own coordinates shows which box was cut.
+    # An image whose pixels hold their own coordinates shows which box was cut.
     y, x = np.mgrid[:200, :240]
     (tmp_path / "images").mkdir()
     (tmp_path / "labels").mkdir()
@@ -210,7 +210,7 @@ def test_count_is_not_asked_when_an_instance_is_cut_to_a_sliver(counted):
     assert "car" not in counted.counts(crop)
 
 
-@pytest.mark.parametrize("name", ["car", "animal", "picture", "i", "traffic light", "bus"])
+@pytest.mark.parametrize("name", ["car", "animal", "image", "i", "traffic light", "bus"])
 def test_spans_point_at_the_class(name):
     text, (start, end) = existence_question(name)
     assert text[start:end] == name
@@ -298,7 +298,7 @@ def save(path, array):
         ),
         (lambda f: save(f / "labels/frame01.png", np.full((60, 80), 40_000, np.uint16)), "index 40000"),
         (lambda f: save(f / "labels/frame01.png", np.zeros((60, 80, 3), np.uint8)), "one index per pixel, got .*RGB"),
-        (lambda f: (f / "images/frame01.png").write_text("no picture"), "images/frame01.png must be an image"),
+        (lambda f: (f / "images/frame01.png").write_text("no image"), "images/frame01.png must be an image"),
         (
             lambda f: (f / "images/frame01.png").write_bytes((f / "images/frame01.png").read_bytes()[:120]),
             "images/frame01.png must be an image",

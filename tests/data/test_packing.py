@@ -55,7 +55,7 @@ def test_rows_are_even(lengths, most, rows):
     assert sorted(packed_rows(lengths, most)) == rows
 
 
-def test_pictures_are_spread_over_the_rows_where_padding_allows_it():
+def test_images_are_spread_over_the_rows_where_padding_allows_it():
     lengths, images = [100] * 4 + [20] * 4 + [19], [64] * 9
     # One long sample a row, and a row of five short ones, or rows of a long one and a short one.
     alone, mixed = packed_rows(lengths, 100, images), packed_rows(lengths, 130, images, slack=0.3)

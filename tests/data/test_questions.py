@@ -61,15 +61,15 @@ def test_impossible_numbers_are_named(options, names):
 
 
 @given(st.lists(st.lists(st.sampled_from(KINDS), max_size=5), max_size=8))
-def test_statistics_count_each_kind_once_a_picture(pictures):
-    statistics = KindStatistics.count(pictures)
+def test_statistics_count_each_kind_once_a_image(images):
+    statistics = KindStatistics.count(images)
     for kind in KINDS:
-        shown = [set(picture) for picture in pictures if kind in picture]
+        shown = [set(image) for image in images if kind in image]
         assert statistics.frequency[kind] == len(shown)
         affinity = statistics.affinity([kind])
         assert affinity[kind] == 0
         for other in set(KINDS) - {kind}:
-            assert affinity[other] == sum(other in picture for picture in shown)
+            assert affinity[other] == sum(other in image for image in shown)
 
 
 def test_affinity_adds_up_over_what_is_present():

@@ -99,7 +99,7 @@ def test_a_stored_sample_that_cannot_be_decoded_has_its_id():
     file = io.BytesIO()
     Image.new("RGB", (4, 4)).save(file, "PNG")
     rows = {"id": ["a", "b", "c"], "image": [{"bytes": file.getvalue(), "path": None}] * 3}
-    rows["image"][1] = {"bytes": b"no picture", "path": None}
+    rows["image"][1] = {"bytes": b"no image", "path": None}
     features = datasets.Features({"id": datasets.Value("string"), "image": datasets.Image()})
     stored = datasets.Dataset.from_dict(rows, features=features)
     whole, broken, after = NamedSamples(stored).__getitems__([0, 1, 2])

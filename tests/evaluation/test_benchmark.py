@@ -26,7 +26,7 @@ def tiny():
     return model.eval(), processor
 
 
-def test_splitting_keeps_pictures_that_have_such_questions(items):
+def test_splitting_keeps_images_that_have_such_questions(items):
     counts = split_items(items, lambda question: question.kind == "relation")
     assert all(q.kind == "relation" for item in counts for q in item.questions)
     kept = {q.id for item in counts for q in item.questions}

@@ -32,9 +32,9 @@ def main():
 
 @pytest.fixture(scope="module")
 def label_maps(tmp_path_factory) -> list[str]:
-    """Options that name pictures of two kinds of stripes on a plain ground, either of which may be missing."""
+    """Options that name images of two kinds of stripes on a plain ground, either of which may be missing."""
     folder, rng = tmp_path_factory.mktemp("label maps"), np.random.default_rng(0)
-    for name in ("pictures", "labels"):
+    for name in ("images", "labels"):
         (folder / name).mkdir()
     colours = np.array([[90, 90, 90], [200, 40, 40], [40, 40, 200], [0, 0, 0]], np.uint8)
     for number in range(10):
@@ -45,9 +45,9 @@ def label_maps(tmp_path_factory) -> list[str]:
                 labels[:, left : left + 8] = index
         labels[0] = 3
         Image.fromarray(labels).save(folder / "labels" / f"{number}.png")
-        Image.fromarray(colours[labels]).save(folder / "pictures" / f"{number}.jpg")
+        Image.fromarray(colours[labels]).save(folder / "images" / f"{number}.jpg")
     return [
-        *("--images", str(folder / "pictures"), "--labels", str(folder / "labels")),
+        *("--images", str(folder / "images"), "--labels", str(folder / "labels")),
         *("--classes", "ground", "zebra stripe", "square", "--ignore", "3"),
     ]
 
@@ -134,7 +134,7 @@ def test_bad_options_are_one_sentence(main, options, sentence, tmp_path, capsys)
 def test_label_maps_of_one_class_are_one_sentence(main, label_maps, tmp_path, capsys):
     options = [*label_maps[:4], "--classes", "ground", "--ignore", "1", "2", "3"]
     assert main([*SHORT, *options, "--output", str(tmp_path / "adapter")]) == 2
-    assert "lora_finetune: validation pictures: got none that shows one thing and" in capsys.readouterr().err
+    assert "lora_finetune: validation images: got none that shows one thing and" in capsys.readouterr().err
 
 
 def test_what_is_there_is_replaced_only_when_asked_and_only_an_adapter(main, tmp_path, capsys):

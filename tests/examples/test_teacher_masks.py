@@ -79,7 +79,7 @@ def test_no_mask_goes_into_what_is_grounded(example):
         assert groundings and all(item["mask"] is None and len(item["box"]) == 4 for item in groundings)
 
 
-@pytest.mark.parametrize("spoil", [lambda mask: mask, np.ones_like], ids=["exact", "whole picture"])
+@pytest.mark.parametrize("spoil", [lambda mask: mask, np.ones_like], ids=["exact", "whole image"])
 def test_the_mean_iou_is_that_of_the_masks(example, spoil, tmp_path):
     recipe = Recipe(seed=4, data=DataRecipe(train=3))
     samples = [with_exact_masks(example, index, spoil) for index in range(3)]

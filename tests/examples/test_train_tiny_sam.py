@@ -87,7 +87,7 @@ def test_prompts_are_of_the_objects(example):
         assert (np.abs(item["boxes"] - exact) <= 0.1 * sides).all() and not np.array_equal(item["boxes"], exact)
         for mask, ((x, y),) in zip(item["masks"], item["points"].astype(int)):
             assert mask[y, x]
-    # The pictures that it will ground are those of the recipes' seeds.
+    # The images that it will ground are those of the recipes' seeds.
     assert scenes[0]["image"].tobytes() != draw_scene("train", 0, seed=3).image.tobytes()
 
 

@@ -143,7 +143,7 @@ def sam3_teacher(tiny_sam3):
 
 
 @pytest.fixture(scope="session")
-def pictures():
+def images():
     """Noise of three sizes: wide, square, and tall."""
     rng = np.random.default_rng(0)
     return [
@@ -158,7 +158,7 @@ def prompts():
 
 @pytest.fixture
 def encoded():
-    """Module -> a list that gets the number of pictures of each of its forward passes."""
+    """Module -> a list that gets the number of images of each of its forward passes."""
     hooks = []
 
     def count(module: torch.nn.Module) -> list[int]:

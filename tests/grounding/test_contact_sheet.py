@@ -50,12 +50,12 @@ def tiles(page):
     return page.count("<img src=")
 
 
-def test_counts_reasons_and_pictures(page):
+def test_counts_reasons_and_images(page):
     assert "51 of 52 phrases have a mask, in 52 of 53 samples." in page
     assert re.search(r"samples</td><td>image cannot be read.*>1</td>", page)
-    assert re.search(r"phrases</td><td>its mask covers more than 0.9 of the picture.*>1</td>", page)
+    assert re.search(r"phrases</td><td>its mask covers more than 0.9 of the image.*>1</td>", page)
     assert "36 phrases, drawn at random" in page and tiles(page) == 37
-    assert "left out: its mask covers more than 0.9 of the picture" in page
+    assert "left out: its mask covers more than 0.9 of the image" in page
     # All scores are the same: none is the lowest.
     assert "lowest scores" not in page
     assert "so many words" not in page and "… words before it" in page
@@ -69,10 +69,10 @@ def test_needs_no_network_and_shows_text_as_text(page):
 
 
 def test_a_tile_shows_the_mask_and_what_the_teacher_was_told():
-    picture = Image.new("RGB", (600, 300), (0, 200, 0))
+    image = Image.new("RGB", (600, 300), (0, 200, 0))
     mask = np.zeros((300, 600), bool)
     mask[:, :300] = True
-    tile = np.asarray(_painted(picture, encode_mask(mask), {"box": [400, 100, 500, 200], "points": [[100, 100]]}))
+    tile = np.asarray(_painted(image, encode_mask(mask), {"box": [400, 100, 500, 200], "points": [[100, 100]]}))
     assert tile.shape == (150, 300, 3)
     assert tile[75, 100].tolist() == [0, 200, 0] and len(set(tile[20, 280].tolist())) == 1
     assert tile[75, 150].tolist() == list(_OUTLINE) and tile[50, 220].tolist() == list(_BOX)

@@ -30,9 +30,9 @@ def _online(_reachable, monkeypatch):
 def scenes():
     drawn = [draw_scene("test", number) for number in range(4)]
     # At the size of a photograph: the models were trained on such.
-    pictures = [scene.image.resize((512, 512)) for scene in drawn]
+    images = [scene.image.resize((512, 512)) for scene in drawn]
     masks = [[np.kron(item.mask, np.ones((8, 8), bool)) for item in scene.objects] for scene in drawn]
-    return drawn, pictures, masks
+    return drawn, images, masks
 
 
 def overlaps(answers, masks):
@@ -49,29 +49,29 @@ def boxes(masks):
 
 
 def test_sam2_finds_drawn_things_in_their_boxes(scenes):
-    _, pictures, masks = scenes
+    _, images, masks = scenes
     teacher = load_teacher("sam2-transformers", "tiny", device="cpu")
-    found = teacher.ground(pictures, [boxes(own) for own in masks])
+    found = teacher.ground(images, [boxes(own) for own in masks])
     assert np.mean(overlaps(found, masks)) > 0.8
 
 
 def test_both_sam2_agree(scenes):
     pytest.importorskip("sam2", reason="needs age-vlm[sam2]")
-    _, pictures, masks = scenes
+    _, images, masks = scenes
     asked = [[*boxes(own), Prompt("b", points=((256, 256),))] for own in masks]
     one, other = (
-        load_teacher(name, "tiny", device="cpu").ground(pictures, asked) for name in ("sam2", "sam2-transformers")
+        load_teacher(name, "tiny", device="cpu").ground(images, asked) for name in ("sam2", "sam2-transformers")
     )
     agreement = overlaps(one, [[answer.union()[0] for answer in own] for own in other])
     assert np.mean(agreement) > 0.95
 
 
 def test_sam3_finds_drawn_things_by_their_names(scenes):
-    drawn, pictures, masks = scenes
+    drawn, images, masks = scenes
     try:
         huggingface_hub.auth_check("facebook/sam3")
     except huggingface_hub.errors.GatedRepoError:
         pytest.skip("the terms of facebook/sam3 are not accepted")
     teacher = load_teacher("sam3", device="cpu")
-    found = teacher.ground(pictures, [[Prompt(" ".join(item.kind)) for item in scene.objects] for scene in drawn])
+    found = teacher.ground(images, [[Prompt(" ".join(item.kind)) for item in scene.objects] for scene in drawn])
     assert np.mean(overlaps(found, masks)) > 0.7

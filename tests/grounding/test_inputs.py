@@ -73,7 +73,7 @@ def test_a_stream_of_datasets():
         ([], "data: got no rows"),
         (7, "data: got a int"),
         (iter([row()]), "data: got a list_iterator, which can be read only once"),
-        ([{"picture": 1}], "data: got the columns picture, expected those of the schema .groundings, id"),
+        ([{"image": 1}], "data: got the columns image, expected those of the schema .groundings, id"),
     ],
 )
 def test_data_that_cannot_be_read(data, words):
@@ -84,7 +84,7 @@ def test_data_that_cannot_be_read(data, words):
 # make_unit
 
 
-def test_rows_of_the_schema_keep_their_text_and_the_file_of_their_picture():
+def test_rows_of_the_schema_keep_their_text_and_the_file_of_their_image():
     stored = Source(to_dataset("train", 1)).rows(0, 1)[0]
     unit = make_unit(stored, "0")
     assert set(unit.sample) == set(FEATURES) and unit.sample["groundings"] == []
@@ -115,10 +115,10 @@ def test_phrases_are_found_in_the_caption_from_left_to_right():
     assert reasons(unit) == {1: "it is not in the caption", 3: "it is not in the caption"}
 
 
-def test_boxes_count_pixels_of_the_upright_picture_and_are_cut_at_its_border():
+def test_boxes_count_pixels_of_the_upright_image_and_are_cut_at_its_border():
     turned = {"bytes": jpeg(orientation=6), "path": None}
     unit = make_unit(row(image=turned, boxes=[[-3, 10, 99, 39], [5, 5, 3, 3]]), "0")
-    assert unit.pictures[0].size == (24, 40)
+    assert unit.images[0].size == (24, 40)
     assert [phrase.item["box"] for phrase in unit.phrases] == [[0.0, 10.0, 24.0, 39.0]]
     assert reasons(unit) == {1: "annotation covers nothing of the image"}
 
@@ -153,7 +153,7 @@ def test_points_and_damaged_groundings():
 @pytest.mark.parametrize(
     "changes, reason",
     [
-        ({"image": {"bytes": b"no picture", "path": None}}, "image cannot be read"),
+        ({"image": {"bytes": b"no image", "path": None}}, "image cannot be read"),
         ({"image": {"bytes": jpeg()[:300], "path": None}}, "image cannot be read"),
         ({"image": {"bytes": None, "path": "/nowhere/a.png"}}, "image file is missing"),
         ({"image": {"bytes": None, "path": "/"}}, "image file cannot be read"),
@@ -175,10 +175,10 @@ def test_rows_that_cannot_be_used(changes, reason):
     assert str(refused.value) == reason
 
 
-def test_pictures_in_every_form(tmp_path):
+def test_images_in_every_form(tmp_path):
     (tmp_path / "a.jpg").write_bytes(jpeg())
     for image in (tmp_path / "a.jpg", str(tmp_path / "a.jpg"), Image.open(tmp_path / "a.jpg")):
         assert make_unit(row(image=image), "0").sample["images"] == [{"bytes": jpeg(), "path": "a.jpg"}]
     pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
     for image in (pixels, Image.fromarray(pixels)):
-        np.testing.assert_array_equal(np.asarray(make_unit(row(image=image), "0").pictures[0]), pixels)
+        np.testing.assert_array_equal(np.asarray(make_unit(row(image=image), "0").images[0]), pixels)

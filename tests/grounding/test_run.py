@@ -43,7 +43,7 @@ def load(folder):
     return datasets.load_dataset(str(folder), split="train", cache_dir=folder.parent / "cache")
 
 
-def picture_row(phrases, boxes=None, **changes):
+def image_row(phrases, boxes=None, **changes):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8))
     return {"image": picture, "phrases": phrases, "boxes": boxes, **changes}
 
@@ -78,7 +78,7 @@ def test_the_order_of_shards_and_batches_does_not_matter(scenes, sam2_teacher, t
 
 
 def test_masks_are_those_of_the_teacher(sam2_teacher, tmp_path):
-    row = picture_row(["dog", "cat"], [[1, 2, 30, 20], [0, 0, 12.5, 29]])
+    row = image_row(["dog", "cat"], [[1, 2, 30, 20], [0, 0, 12.5, 29]])
     run([row], tmp_path / "out", sam2_teacher, min_score=0.0)
     (sample,) = load(tmp_path / "out")
     asked = [Prompt(phrase, tuple(box)) for phrase, box in zip(row["phrases"], row["boxes"])]
@@ -115,8 +115,8 @@ def test_limits_of_the_area(annotated, tmp_path):
     assert [len(sample["groundings"]) for sample in load(tmp_path / "out")] == [0, 0, 1, 1, 0]
     assert summary.left_out_phrases.counts == {
         "its mask is empty": 1,
-        "its mask covers less than 0.1 of the picture": 1,
-        "its mask covers more than 0.6 of the picture": 1,
+        "its mask covers less than 0.1 of the image": 1,
+        "its mask covers more than 0.6 of the image": 1,
     }
     # What was found all the same, so that a person can judge the limits.
     assert [
@@ -127,7 +127,7 @@ def test_limits_of_the_area(annotated, tmp_path):
 
 
 def test_least_score(sam2_teacher, tmp_path):
-    rows = [picture_row(["a", "b", "c"], [[0, 0, 9, 9], [3, 3, 30, 20], [20, 1, 39, 29]])]
+    rows = [image_row(["a", "b", "c"], [[0, 0, 9, 9], [3, 3, 30, 20], [20, 1, 39, 29]])]
     run(rows, tmp_path / "all", sam2_teacher, min_score=0.0)
     scores = [record["score"] for record in records(tmp_path / "all")]
     middle = round(float(np.median(scores)), 3)
@@ -138,11 +138,11 @@ def test_least_score(sam2_teacher, tmp_path):
 
 def test_what_cannot_be_used_is_left_out_and_counted(sam2_teacher, tmp_path):
     rows = [
-        picture_row(["dog"], [[1, 1, 9, 9]]),
-        picture_row(["dog"], [[1, 1, 9, 9]], image={"bytes": b"\xff\xd8 no picture", "path": None}, id="broken"),
-        picture_row(["dog", "cat"], [[1, 1, 9, 9], None]),
-        picture_row(["dog"], "box"),
-        picture_row(["dog"], [[1, 1, 9, 9]], image={"bytes": None, "path": "/nowhere.png"}),
+        image_row(["dog"], [[1, 1, 9, 9]]),
+        image_row(["dog"], [[1, 1, 9, 9]], image={"bytes": b"\xff\xd8 no image", "path": None}, id="broken"),
+        image_row(["dog", "cat"], [[1, 1, 9, 9], None]),
+        image_row(["dog"], "box"),
+        image_row(["dog"], [[1, 1, 9, 9]], image={"bytes": None, "path": "/nowhere.png"}),
     ]
     summary = run(rows, tmp_path / "out", sam2_teacher, shard_size=1, min_score=0.0)
     assert (summary.samples, summary.phrases) == (2, 2)
@@ -159,7 +159,7 @@ def test_what_cannot_be_used_is_left_out_and_counted(sam2_teacher, tmp_path):
 
 
 def test_text_prompts_and_samples_without_phrases(sam3_teacher, tmp_path):
-    rows = [picture_row(["red dog"]), picture_row([], caption="nothing to see")]
+    rows = [image_row(["red dog"]), image_row([], caption="nothing to see")]
     summary = run(rows, tmp_path / "out", sam3_teacher, min_score=0.0)
     loaded = load(tmp_path / "out")
     assert (summary.samples, summary.phrases) == (2, 1)
@@ -206,10 +206,10 @@ def test_settings_that_cannot_be(scenes, annotated, tmp_path, settings, words):
 
 def test_a_device_that_is_too_small(scenes, tmp_path):
     class Large(AnnotatedTeacher):
-        def _ground(self, pictures, prompts):
+        def _ground(self, images, prompts):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(ValueError, match="batch_size: 4 pictures at once do not fit into the memory of the device"):
+    with pytest.raises(ValueError, match="batch_size: 4 images at once do not fit into the memory of the device"):
         run(scenes, tmp_path / "out", Large(), batch_size=4)
 
 

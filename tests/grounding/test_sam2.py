@@ -6,12 +6,12 @@ from transformers import Sam2VideoConfig, Sam2VideoModel
 from age_vlm.grounding import Prompt, load_teacher
 
 
-def test_masks_have_the_size_of_their_picture(sam2_teacher, pictures, prompts):
+def test_masks_have_the_size_of_their_image(sam2_teacher, pictures, prompts):
     answers = sam2_teacher.ground(pictures, prompts)
-    for picture, asked, found in zip(pictures, prompts, answers):
+    for image, asked, found in zip(pictures, prompts, answers):
         assert len(found) == len(asked)
         for own in found:
-            assert own.masks.shape == (1, picture.height, picture.width) and own.masks.dtype == bool
+            assert own.masks.shape == (1, image.height, image.width) and own.masks.dtype == bool
             assert own.scores.shape == (1,) and 0 <= own.scores[0] <= 1
     # Else the other tests would say nothing.
     assert (answers[0][0].masks != answers[0][2].masks).any()
@@ -42,7 +42,7 @@ def test_equals_the_model_asked_as_its_documentation_has_it(sam2_teacher, pictur
     assert found.scores[0] == pytest.approx(output.iou_scores[0, 0, best].item(), abs=1e-4)
 
 
-def test_a_picture_is_encoded_once(sam2_teacher, pictures, encoded):
+def test_a_image_is_encoded_once(sam2_teacher, pictures, encoded):
     sizes = encoded(sam2_teacher.model.vision_encoder)
     asked = [[Prompt(str(i), (i, i, i + 9, i + 9)) for i in range(20)] for _ in pictures]
     assert [len(found) for found in sam2_teacher.ground(pictures, asked)] == [20, 20, 20]
@@ -52,8 +52,7 @@ def test_a_picture_is_encoded_once(sam2_teacher, pictures, encoded):
 def test_batched_equals_alone(sam2_teacher, pictures, prompts, same):
     batched = sam2_teacher.ground(pictures, prompts)
     alone = [
-        [sam2_teacher.ground([picture], [[prompt]])[0][0] for prompt in asked]
-        for picture, asked in zip(pictures, prompts)
+        [sam2_teacher.ground([image], [[prompt]])[0][0] for prompt in asked] for image, asked in zip(pictures, prompts)
     ]
     same(batched, alone)
 

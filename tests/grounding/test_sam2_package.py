@@ -14,7 +14,7 @@ from age_vlm.grounding.sam2_package import Sam2PackageTeacher, _files
 
 
 CONFIG = "configs/sam2.1/sam2.1_hiera_t.yaml"
-# The predictor takes pictures of 1024 x 1024 only: what can be smaller is the trunk of the image encoder.
+# The predictor takes images of 1024 x 1024 only: what can be smaller is the trunk of the image encoder.
 SMALL = [
     "++model.image_encoder.trunk.embed_dim=8",
     "++model.image_encoder.trunk.stages=[1,1,1,1]",
@@ -35,35 +35,35 @@ def teacher():
 
 
 @pytest.fixture(scope="module")
-def answers(teacher, pictures, prompts):
+def answers(teacher, images, prompts):
     sizes = []
     hook = teacher.predictor.model.image_encoder.register_forward_pre_hook(
         lambda module, inputs: sizes.append(len(inputs[0]))
     )
-    found = teacher.ground(pictures, prompts)
+    found = teacher.ground(images, prompts)
     hook.remove()
     return found, sizes
 
 
-def test_masks_have_the_size_of_their_picture(answers, pictures, prompts):
-    for picture, asked, found in zip(pictures, prompts, answers[0]):
+def test_masks_have_the_size_of_their_image(answers, images, prompts):
+    for image, asked, found in zip(images, prompts, answers[0]):
         assert len(found) == len(asked)
         for own in found:
-            assert own.masks.shape == (1, picture.height, picture.width) and own.masks.dtype == bool
+            assert own.masks.shape == (1, image.height, image.width) and own.masks.dtype == bool
             assert own.scores.shape == (1,) and 0 <= own.scores[0] <= 1
     assert (answers[0][0][0].masks != answers[0][0][2].masks).any()
 
 
-def test_a_picture_is_encoded_once(answers):
-    # Two of the three pictures have prompts, of two kinds each.
+def test_a_image_is_encoded_once(answers):
+    # Two of the three images have prompts, of two kinds each.
     assert answers[1] == [2]
 
 
-def test_equals_the_predictor_asked_one_by_one(teacher, answers, pictures, prompts, same):
+def test_equals_the_predictor_asked_one_by_one(teacher, answers, images, prompts, same):
     predictor = SAM2ImagePredictor(teacher.predictor.model)
-    for picture, asked, found in zip(pictures, prompts, answers[0]):
+    for image, asked, found in zip(images, prompts, answers[0]):
         if asked:
-            predictor.set_image(picture)
+            predictor.set_image(image)
         for prompt, own in zip(asked, found):
             masks, scores, _ = predictor.predict(
                 point_coords=np.array(prompt.points) if prompt.points else None,
@@ -76,9 +76,9 @@ def test_equals_the_predictor_asked_one_by_one(teacher, answers, pictures, promp
             assert own.scores[0] == pytest.approx(scores[best], abs=1e-4)
 
 
-def test_lower_precision(teacher, pictures):
+def test_lower_precision(teacher, images):
     low = Sam2PackageTeacher(teacher.predictor.model, torch.bfloat16)
-    ((found,),) = low.ground(pictures[:1], [[Prompt("a", (4, 6, 40, 30))]])
+    ((found,),) = low.ground(images[:1], [[Prompt("a", (4, 6, 40, 30))]])
     assert {level.dtype for level in low.predictor._features["high_res_feats"]} == {torch.bfloat16}
     assert found.masks.shape == (1, 48, 64) and np.isfinite(found.scores).all()
     assert low.identity() == teacher.identity() | {"dtype": "bfloat16"}

@@ -11,13 +11,13 @@ def prompts():
     return [[Prompt("red dog"), Prompt("a cat")], [], [Prompt("red dog")]]
 
 
-def test_a_phrase_becomes_masks_of_the_size_of_the_picture(sam3_teacher, pictures, prompts):
+def test_a_phrase_becomes_masks_of_the_size_of_the_image(sam3_teacher, pictures, prompts):
     answers = sam3_teacher.ground(pictures, prompts)
-    for picture, asked, found in zip(pictures, prompts, answers):
+    for image, asked, found in zip(pictures, prompts, answers):
         assert len(found) == len(asked)
         for own in found:
             assert len(own.masks) == len(own.scores) >= 1
-            assert own.masks.shape[1:] == (picture.height, picture.width) and own.masks.dtype == bool
+            assert own.masks.shape[1:] == (image.height, image.width) and own.masks.dtype == bool
             assert (own.scores >= 0).all() and (own.scores <= 1).all()
     # Else the other tests would say nothing.
     assert answers[0][0].masks.shape != answers[0][1].masks.shape
@@ -25,9 +25,9 @@ def test_a_phrase_becomes_masks_of_the_size_of_the_picture(sam3_teacher, picture
 
 def test_equals_the_model_asked_as_its_documentation_has_it(sam3_teacher, pictures, prompts):
     answers = sam3_teacher.ground(pictures, prompts)
-    for picture, asked, found in zip(pictures, prompts, answers):
+    for image, asked, found in zip(pictures, prompts, answers):
         for prompt, own in zip(asked, found):
-            inputs = sam3_teacher.processor(images=picture, text=prompt.phrase, return_tensors="pt")
+            inputs = sam3_teacher.processor(images=image, text=prompt.phrase, return_tensors="pt")
             with torch.no_grad():
                 output = sam3_teacher.model(**{name: v for name, v in inputs.items() if name != "original_sizes"})
             (expected,) = sam3_teacher.processor.post_process_instance_segmentation(
@@ -37,7 +37,7 @@ def test_equals_the_model_asked_as_its_documentation_has_it(sam3_teacher, pictur
             assert (own.masks != expected["masks"].bool().numpy()).mean() < 0.002
 
 
-def test_a_picture_is_encoded_once(sam3_teacher, pictures, encoded):
+def test_a_image_is_encoded_once(sam3_teacher, pictures, encoded):
     sizes = encoded(sam3_teacher.model.vision_encoder)
     sam3_teacher.ground(pictures, [[Prompt(f"dog {i}") for i in range(10)]] * 3)
     assert sizes == [3]
@@ -45,8 +45,7 @@ def test_a_picture_is_encoded_once(sam3_teacher, pictures, encoded):
 
 def test_batched_equals_alone(sam3_teacher, pictures, prompts, same):
     alone = [
-        [sam3_teacher.ground([picture], [[prompt]])[0][0] for prompt in asked]
-        for picture, asked in zip(pictures, prompts)
+        [sam3_teacher.ground([image], [[prompt]])[0][0] for prompt in asked] for image, asked in zip(pictures, prompts)
     ]
     same(sam3_teacher.ground(pictures, prompts), alone)
 

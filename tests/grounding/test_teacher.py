@@ -52,14 +52,14 @@ def test_prompts_go_together_only_where_none_is_padded():
     assert list(_alike(asked, 2)) == [[0, 2], [4], [1], [3]]
 
 
-def test_pictures_without_prompts_are_not_encoded(sam2_teacher, pictures, encoded):
+def test_images_without_prompts_are_not_encoded(sam2_teacher, images, encoded):
     sizes = encoded(sam2_teacher.model.vision_encoder)
-    answers = sam2_teacher.ground(pictures, [[], [Prompt("a", (1, 1, 9, 9))], []])
+    answers = sam2_teacher.ground(images, [[], [Prompt("a", (1, 1, 9, 9))], []])
     assert [len(own) for own in answers] == [0, 1, 0] and sizes == [1]
-    assert sam2_teacher.ground(pictures, [[], [], []]) == [[], [], []] and sizes == [1]
+    assert sam2_teacher.ground(images, [[], [], []]) == [[], [], []] and sizes == [1]
 
 
-def test_masks_are_of_the_upright_picture(sam2_teacher):
+def test_masks_are_of_the_upright_image(sam2_teacher):
     turned = Image.new("RGB", (24, 40), "red")
     turned.getexif()[0x0112] = 6
     asked = [[Prompt("a", (2, 2, 20, 30))]]
@@ -69,13 +69,13 @@ def test_masks_are_of_the_upright_picture(sam2_teacher):
     np.testing.assert_array_equal(found.masks, expected.masks)
 
 
-def test_what_cannot_be_asked(sam2_teacher, pictures):
-    with pytest.raises(ValueError, match="prompts: got 1 lists for 3 pictures"):
-        sam2_teacher.ground(pictures, [[]])
+def test_what_cannot_be_asked(sam2_teacher, images):
+    with pytest.raises(ValueError, match="prompts: got 1 lists for 3 images"):
+        sam2_teacher.ground(images, [[]])
     with pytest.raises(
         ValueError, match="'dog' cannot be grounded by 'sam2-transformers': there is neither a box nor a point"
     ):
-        sam2_teacher.ground(pictures[:1], [[Prompt("dog")]])
+        sam2_teacher.ground(images[:1], [[Prompt("dog")]])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Caches and generation. Gates are open, weights large and rows ragged: otherwise a lost picture would go unseen."""
+"""Caches and generation. Gates are open, weights large and rows ragged: otherwise a lost image would go unseen."""
 
 import copy
 
@@ -65,7 +65,7 @@ def test_cached_is_uncached(make_model, make_batch, steps, kind, visibility, ima
     batch = make_batch(images)
     cached, cache = step_by_step(model, batch, caches(model)[kind], steps)
     close(cached, at_once(model, batch, steps))
-    # Pictures live on the layers that cross-attend, and the cache keeps its length.
+    # Images live on the layers that cross-attend, and the cache keeps its length.
     assert len(cache.layers) == model.config.text_config.num_hidden_layers
     holders = [index for index, layer in enumerate(cache.layers) if getattr(layer, "image_keys", None) is not None]
     assert holders == (model.config.cross_attention_layers if sum(images) else [])
@@ -102,7 +102,7 @@ def test_an_offloaded_cache_decodes_the_same(make_model, make_batch, implementat
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_offloading_moves_pictures_with_the_text(model, make_batch, steps, kind):
+def test_offloading_moves_images_with_the_text(model, make_batch, steps, kind):
     _, cache = step_by_step(model, make_batch((2, 0, 1)), caches(model)[kind], steps)
     before = copy.deepcopy(cache)
     for index in model.config.cross_attention_layers:
@@ -117,7 +117,7 @@ def test_offloading_moves_pictures_with_the_text(model, make_batch, steps, kind)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_reordering_moves_pictures_with_their_rows(make_model, make_batch, steps, kind):
+def test_reordering_moves_images_with_their_rows(make_model, make_batch, steps, kind):
     model = make_model()
     batch = make_batch((2, 0, 1))
     order = torch.tensor([2, 0, 0])
@@ -150,7 +150,7 @@ def test_repeating_and_selecting_rows(model, make_batch, steps):
         close(got, expected[rows])
 
 
-def test_cropping_text_keeps_the_picture_before_it(model, make_batch, steps):
+def test_cropping_text_keeps_the_image_before_it(model, make_batch, steps):
     batch = make_batch((2, 0, 1))
     _, cache = step_by_step(model, batch, DynamicCache(config=model.config.text_config), steps)
     cache.crop(-3)
@@ -163,7 +163,7 @@ def test_cropping_text_keeps_the_picture_before_it(model, make_batch, steps):
 
 
 @pytest.mark.parametrize("visibility", ["latest", "all_previous"])
-def test_cropping_a_picture_away_forgets_it(make_model, visibility):
+def test_cropping_a_image_away_forgets_it(make_model, visibility):
     model = make_model(image_visibility=visibility)
     ids = torch.tensor([[9, IMAGE_TOKEN_ID, 20, IMAGE_TOKEN_ID, 21]])
     pixels = torch.randn(2, 3, 32, 32)
@@ -180,9 +180,9 @@ def test_cropping_a_picture_away_forgets_it(make_model, visibility):
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("visibility", ["latest", "all_previous"])
 @torch.no_grad()
-def test_a_second_picture_in_a_later_turn(make_model, kind, visibility):
+def test_a_second_image_in_a_later_turn(make_model, kind, visibility):
     model = make_model(image_visibility=visibility)
-    # Of the second row's two turns, only the later has a picture.
+    # Of the second row's two turns, only the later has an image.
     first = torch.tensor([[9, IMAGE_TOKEN_ID, 20, 21], [22, 23, 24, 25]])
     second = torch.tensor([[IMAGE_TOKEN_ID, 26, 27], [28, IMAGE_TOKEN_ID, 29]])
     third = torch.tensor([[30, 31], [32, 33]])
@@ -233,7 +233,7 @@ def reference(model, make_batch):
     return batch, generated(model, batch, use_cache=False)
 
 
-def test_greedy_looks_at_the_picture(model, reference):
+def test_greedy_looks_at_the_image(model, reference):
     batch, expected = reference
     other = generated(model, {**batch, "pixel_values": batch["pixel_values"].flip(0, -1)})
     assert not torch.equal(other[0], expected[0]) and not torch.equal(other[2], expected[2])
@@ -280,7 +280,7 @@ def test_beams_of_a_row_alone_are_those_in_the_batch(model, reference, row_alone
         assert torch.equal(generated(model, row_alone(batch, row), **settings)[0], together[row])
 
 
-def test_several_samples_of_a_row_see_its_own_pictures(model, reference):
+def test_several_samples_of_a_row_see_its_own_images(model, reference):
     batch, _ = reference
     settings = {"do_sample": True, "num_return_sequences": 2, "top_k": 5}
     assert torch.equal(generated(model, batch, **settings), generated(model, batch, use_cache=False, **settings))
@@ -302,7 +302,7 @@ def test_inputs_of_one_answer_a_row_are_not_repeated(model, reference):
         assert torch.equal(ids, batch["input_ids"])
 
 
-def test_generation_with_a_shared_picture(model, make_batch):
+def test_generation_with_a_shared_image(model, make_batch):
     batch = make_batch((1, 1))
     shared = {**batch, "pixel_values": batch["pixel_values"][:1], "image_indices": torch.tensor([0, 0])}
     copies = {**batch, "pixel_values": batch["pixel_values"][[0, 0]]}
@@ -310,10 +310,10 @@ def test_generation_with_a_shared_picture(model, make_batch):
     assert torch.equal(generated(model, shared, num_beams=2), generated(model, copies, num_beams=2))
 
 
-@pytest.mark.parametrize("again", [True, False], ids=["all pictures again", "only the new picture"])
+@pytest.mark.parametrize("again", [True, False], ids=["all images again", "only the new image"])
 @pytest.mark.parametrize("how", ["ids", "embeddings"])
 @pytest.mark.parametrize("beams", [1, 3])
-def test_a_continued_chat_with_a_second_picture(model, again, how, beams):
+def test_a_continued_chat_with_a_second_image(model, again, how, beams):
     first = torch.tensor([[9, IMAGE_TOKEN_ID, 20, 21]])
     pixels = torch.randn(2, 3, 32, 32)
     cache = DynamicCache(config=model.config.text_config)
@@ -352,7 +352,7 @@ def test_speculation_in_a_continued_chat_is_one_sentence(model, make_model, sett
     ],
 )
 @pytest.mark.parametrize("beams", [1, 2])
-def test_pictures_that_do_not_fit_the_text_are_one_sentence(model, make_batch, change, words, beams):
+def test_images_that_do_not_fit_the_text_are_one_sentence(model, make_batch, change, words, beams):
     with pytest.raises(ValueError, match=words):
         generated(model, {**make_batch((1, 1)), **change}, num_beams=beams)
 
@@ -384,7 +384,7 @@ def test_an_answer_never_holds_an_image_whatever_the_settings(make_model, make_b
     assert (40 in answer) == (settings.get("suppress_tokens") != [40]), "what else the settings suppress stays so"
 
 
-def test_chunked_prefill_is_refused_with_pictures_and_right_without(model, make_batch):
+def test_chunked_prefill_is_refused_with_images_and_right_without(model, make_batch):
     with pytest.raises(ValueError, match="prefill_chunk_size: got 4 with images, expected None"):
         generated(model, make_batch((1, 1)), prefill_chunk_size=4)
     batch = make_batch((0, 0))

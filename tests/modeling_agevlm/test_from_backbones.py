@@ -147,7 +147,7 @@ def test_every_parameter_of_any_encoder_trains(llama, encoder):
 
 @pytest.mark.parametrize("size", [(64, 96), (32, 64)])
 @torch.no_grad()
-def test_grids_follow_pictures_that_are_not_square(llama, tmp_path, size):
+def test_grids_follow_images_that_are_not_square(llama, tmp_path, size):
     for index, (save, stride) in enumerate(((timm_wrapper, 32), (convnext, 32))):
         save(tmp_path / str(index))
         model = AgeVlmForConditionalGeneration.from_backbones(llama, tmp_path / str(index))
@@ -190,7 +190,7 @@ def test_processor_goes_with_the_model(llama, encoder):
     batch = processor(images=torch.zeros(3, 20, 30), text="<|reserved_special_token_0|>What?", return_tensors="pt")
     assert batch["pixel_values"].shape == (1, 3, 64, 64)
     model(**batch)
-    assert processor.image_geometry(20, 30).source_box == (0, 0, 30, 20), "the whole picture is seen"
+    assert processor.image_geometry(20, 30).source_box == (0, 0, 30, 20), "the whole image is seen"
 
 
 def test_processor_takes_the_encoder_s_own_statistics(llama, tmp_path):

@@ -1,6 +1,6 @@
 """Random batches through every way of decoding: each row must be what it is alone, read at once and without a cache.
 
-The row alone, in turn, must be what the definition of who sees which picture gives, one stretch of text at a time.
+The row alone, in turn, must be what the definition of who sees which image gives, one stretch of text at a time.
 
 A sample of the cases runs by default; all 2,000 of them by
 
@@ -35,7 +35,7 @@ from age_vlm.modeling_agevlm.cross_attention_agevlm import VisibleImages
 
 
 IMAGE_TOKEN_ID, PAD_TOKEN_ID, VOCABULARY = 2, 6, 300
-PICTURES, NEW_TOKENS = 4, 5
+IMAGES, NEW_TOKENS = 4, 5
 CASES = int(os.environ.get("AGE_VLM_FUZZ_CASES", 80))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 QUANTIZATION = {"nbits": 8, "axis_key": 1, "axis_value": 1, "q_group_size": 8, "residual_length": 4}
@@ -60,8 +60,8 @@ OPTIONS = {
     "visibility": ["latest", "all_previous"],
     "layers": [(1, 3), (0, 2)],
     "side": ["left", "right", "both"],
-    "pictures": ["pixels", "encoded", "shared"],
-    "only_new_pictures": [True, False],
+    "images": ["pixels", "encoded", "shared"],
+    "only_new_images": [True, False],
     "embeddings": [False, False, True],
     "chunk": [None, None, 3],
     "ends": [True, False],
@@ -70,7 +70,7 @@ OPTIONS = {
 
 
 def draw(seed: int) -> SimpleNamespace:
-    """`rows`: rows of turns; a turn is its tokens, and which picture each image token among them stands for."""
+    """`rows`: rows of turns; a turn is its tokens, and which image each image token among them stands for."""
     generator = random.Random(seed)
     case = SimpleNamespace(seed=seed, **{name: generator.choice(options) for name, options in OPTIONS.items()})
     # What transformers does not do.
@@ -96,7 +96,7 @@ def draw(seed: int) -> SimpleNamespace:
             case.cache = "dynamic"
 
     phrase = [generator.randrange(7, VOCABULARY) for _ in range(3)]  # prompt lookup finds what was said before
-    last_turn_has_pictures = case.chunk is None or generator.random() < 0.3
+    last_turn_has_images = case.chunk is None or generator.random() < 0.3
     case.rows = []
     for _ in range(generator.randint(1, 4)):
         row = []
@@ -104,14 +104,14 @@ def draw(seed: int) -> SimpleNamespace:
             tokens = []
             for _ in range(generator.randint(1, 4)):
                 tokens += generator.choice([phrase, phrase[:1], [generator.randrange(7, VOCABULARY)]])
-            pictures = [generator.randrange(PICTURES) for _ in range(generator.choice([0, 0, 1, 1, 2, 3]))]
-            if turn == case.turns - 1 and not last_turn_has_pictures:
+            pictures = [generator.randrange(IMAGES) for _ in range(generator.choice([0, 0, 1, 1, 2, 3]))]
+            if turn == case.turns - 1 and not last_turn_has_images:
                 pictures = []
             for _ in pictures:
                 tokens.insert(generator.randint(0, len(tokens)), IMAGE_TOKEN_ID)
             row.append((tokens, pictures))
         case.rows.append(row)
-    named = ([picture for _, pictures in row for picture in pictures] for row in case.rows)
+    named = ([image for _, pictures in row for image in pictures] for row in case.rows)
     if case.visibility == "all_previous" and any(len(set(row)) < len(row) for row in named):
         case.pictures = "pixels"  # shared ones are refused where a text names one twice
     return case
@@ -126,12 +126,12 @@ class Run:
         self.model = self.make(seed=0)
         self.random = random.Random(case.seed)
         generator = torch.Generator().manual_seed(case.seed)
-        self.pixels = torch.randn(PICTURES, 3, *case.size, generator=generator).to(DEVICE, case.dtype)
+        self.pixels = torch.randn(IMAGES, 3, *case.size, generator=generator).to(DEVICE, case.dtype)
         self.tolerance = QUANTIZED_TOLERANCE if case.cache == "quantized" else TOLERANCE[case.dtype]
         self.eos = list(range(7, VOCABULARY, 4)) if case.ends else [5]
 
     def images(self, pictures: list[int], how: str) -> dict:
-        """Arguments of the model for image tokens that stand for these pictures."""
+        """Arguments of the model for image tokens that stand for these images."""
         if not pictures:
             return {}
         if how == "shared":
@@ -142,7 +142,7 @@ class Run:
         return {"pixel_values": self.pixels[pictures]}
 
     def alone(self, tokens: list[int], pictures: list[int]) -> torch.Tensor:
-        """Logits (length, vocabulary) of one row without padding, cache or shared pictures."""
+        """Logits (length, vocabulary) of one row without padding, cache or shared images."""
         ids = torch.tensor([tokens], device=DEVICE)
         logits = self.model(ids, **self.images(pictures, "pixels"), use_cache=False).logits[0]
         if self.case.dtype == torch.float32:
@@ -151,7 +151,7 @@ class Run:
         return logits
 
     def defined(self, ids: torch.Tensor, pictures: list[int]) -> torch.Tensor:
-        """The same with no mask and no sorting of pictures: each stretch is given what it sees and no more."""
+        """The same with no mask and no sorting of images: each stretch is given what it sees and no more."""
         text = self.model.model.language_model
         images = self.model.get_image_features(self.pixels, return_dict=True).pooler_output
         places = (ids[0] == IMAGE_TOKEN_ID).nonzero().flatten().tolist()
@@ -238,7 +238,7 @@ def read(run: Run) -> None:
     position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
     of_token = torch.full_like(ids, -1)
     # A mask reads row by row: the order of the image tokens.
-    pictures = [picture for row in case.rows for _, pictures in row for picture in pictures]
+    pictures = [image for row in case.rows for _, pictures in row for image in pictures]
     of_token[ids == IMAGE_TOKEN_ID] = torch.tensor(pictures, dtype=torch.long, device=DEVICE)
     cache, start, logits, order = run.new_cache(), 0, [], torch.arange(len(ids))
     while start < ids.shape[1]:
@@ -295,7 +295,7 @@ def answer(run: Run, rows: list) -> None:
         more, more_mask = run.padded([row[1][0] for row in rows])
         ids = torch.cat([first.sequences, more], dim=1)
         mask = torch.cat([mask, kept.long(), more_mask], dim=1)
-        given = sum((row[1][1] for row in rows), []) if case.only_new_pictures else sum(seen, [])
+        given = sum((row[1][1] for row in rows), []) if case.only_new_images else sum(seen, [])
     else:
         settings |= run.cache_settings()
 
@@ -382,12 +382,12 @@ def test_the_default_cases_draw_every_option():
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @torch.no_grad()
-def test_another_picture_would_be_noticed(models, dtype):
+def test_another_image_would_be_noticed(models, dtype):
     noticed = []
     for seed in range(20):
         run = Run(SimpleNamespace(**{**vars(draw(seed)), "dtype": dtype}), models)
         for tokens, pictures in (turn for row in run.case.rows for turn in row):
             if pictures:
-                others = [(picture + 1) % PICTURES for picture in pictures]
+                others = [(image + 1) % IMAGES for image in pictures]
                 noticed.append(difference(run.alone(tokens, others), run.alone(tokens, pictures)) > run.tolerance)
     assert len(noticed) > 20 and sum(noticed) > 0.9 * len(noticed)

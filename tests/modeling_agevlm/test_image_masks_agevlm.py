@@ -17,24 +17,24 @@ from age_vlm.modeling_agevlm.image_masks_agevlm import (
 
 @st.composite
 def texts(draw):
-    """Rows of one width; each a list of (position in its packed sequence, picture or None)."""
+    """Rows of one width; each a list of (position in its packed sequence, image or None)."""
     width, batch = draw(st.integers(2, 12)), draw(st.integers(1, 4))
-    pictures, rows = 0, []
+    images, rows = 0, []
     for _ in range(batch):
         row, position = [], 0
         while len(row) < width:
             if row and draw(st.integers(0, 4)) == 0:
                 position = 0
             is_image = draw(st.integers(0, 3)) == 0
-            row.append((position, pictures if is_image else None))
-            pictures += is_image
+            row.append((position, images if is_image else None))
+            images += is_image
             position += 1
         rows.append(row)
-    return rows, pictures
+    return rows, images
 
 
 def seen(rows, visibility, shared=None):
-    """The definition, one text token at a time: row -> token -> how often which picture."""
+    """The definition, one text token at a time: row -> token -> how often which image."""
     result = []
     for row in rows:
         start, in_row = 0, []
@@ -51,12 +51,12 @@ def seen(rows, visibility, shared=None):
 @settings(deadline=None, max_examples=150)
 @given(texts(), st.sampled_from(["latest", "all_previous"]), st.booleans(), st.data())
 def test_each_token_sees_what_the_definition_says(text, visibility, sharing, data):
-    rows, pictures = text
-    if not pictures:
+    rows, images = text
+    if not images:
         return
     is_image = torch.tensor([[image is not None for _, image in row] for row in rows])
     position_ids = torch.tensor([[position for position, _ in row] for row in rows])
-    shared = data.draw(st.lists(st.integers(0, 2), min_size=pictures, max_size=pictures)) if sharing else None
+    shared = data.draw(st.lists(st.integers(0, 2), min_size=images, max_size=images)) if sharing else None
     placed = group_images_by_row(is_image, None if shared is None else torch.tensor(shared))
     starts = packed_starts(position_ids, len(rows))
     visible = visible_images(placed.positions, torch.arange(is_image.shape[1]), visibility, starts)
@@ -73,10 +73,10 @@ def test_each_token_sees_what_the_definition_says(text, visibility, sharing, dat
             assert Counter(got) == expected[row][token]
     for row in range(len(rows)):
         slots = [slot for slot in placed.index[row].tolist() if slot >= 0]
-        assert len(slots) == len(set(slots)), "a picture is encoded into keys once"
+        assert len(slots) == len(set(slots)), "an image is encoded into keys once"
 
 
-def test_offset_moves_new_pictures_behind_the_cached_text():
+def test_offset_moves_new_images_behind_the_cached_text():
     placed = group_images_by_row(torch.tensor([[False, True], [False, False]]), offset=7)
     assert placed.positions.tolist() == [[8], [NO_IMAGE]]
     assert placed.index.tolist() == [[0], [-1]]
@@ -88,7 +88,7 @@ def test_positions_without_a_batch_dimension_are_every_row_s(batch):
     assert starts.tolist() == [[0, 0, 2, 2, 2]] * batch
 
 
-def test_placed_pictures_can_be_exported():
+def test_placed_images_can_be_exported():
     """`torch.export` takes the tensors out, writes down what is left, and puts them back."""
     placed = group_images_by_row(torch.tensor([[True, False, True], [False, True, False]]))
     tensors, rest = pytree.tree_flatten(placed)

@@ -1,4 +1,4 @@
-"""Forward passes: what stays the language model's, who sees which picture, maps, gradients, loss, bad input."""
+"""Forward passes: what stays the language model's, who sees which image, maps, gradients, loss, bad input."""
 
 import copy
 import inspect
@@ -38,7 +38,7 @@ def language_model_of(model: AgeVlmForConditionalGeneration) -> LlamaForCausalLM
 
 @pytest.fixture
 def looks(model, make_batch):
-    """Guards every test below: in the shared model, another picture gives clearly other logits."""
+    """Guards every test below: in the shared model, another image gives clearly other logits."""
     batch = make_batch([1])
     other = {**batch, "pixel_values": batch["pixel_values"].flip(0, -1)}
     with torch.no_grad():
@@ -87,7 +87,7 @@ def test_text_alone_stays_so_while_the_rest_trains(make_model, make_batch):
         assert torch.equal(model(**text).logits, language_model_of(before)(**text).logits)
 
 
-# Who sees which picture
+# Who sees which image
 
 
 @pytest.mark.parametrize("visibility", ["latest", "all_previous"])
@@ -114,7 +114,7 @@ def test_a_row_alone_is_the_row_in_a_batch_in_half_precision(make_model, make_ba
 
 
 @torch.no_grad()
-def test_only_the_latest_picture_counts(model, make_model, looks):
+def test_only_the_latest_image_counts(model, make_model, looks):
     ids = torch.tensor([[9, IMAGE_TOKEN_ID, 20, 21, IMAGE_TOKEN_ID, 22]])
     pixels = torch.randn(2, 3, 32, 32)
     first_changed = torch.stack([pixels[0].flip(-1), pixels[1]])
@@ -123,7 +123,7 @@ def test_only_the_latest_picture_counts(model, make_model, looks):
         difference = model(ids, pixels).logits - model(ids, first_changed).logits
         return (difference[0].abs().amax(-1) > 1e-3).tolist()
 
-    # The text between the two pictures sees the first, and later text sees that text.
+    # The text between the two images sees the first, and later text sees that text.
     assert rows_that_differ(model)[:4] == [False, True, True, True]
     latest, all_previous = make_model(), make_model(image_visibility="all_previous")
     rows = torch.tensor([[0, position] for position in range(6)])
@@ -139,7 +139,7 @@ def test_only_the_latest_picture_counts(model, make_model, looks):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_rows_before_a_picture_get_exactly_nothing_forward_and_backward(make_model, dtype, attention):
+def test_rows_before_a_image_get_exactly_nothing_forward_and_backward(make_model, dtype, attention):
     model = make_model(dtype=dtype, attention=attention)
     ids = torch.tensor([[20, 21, 22, IMAGE_TOKEN_ID, 23, 24], [6, 6, 25, 26, 27, 28]])
     mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
@@ -162,7 +162,7 @@ def test_rows_before_a_picture_get_exactly_nothing_forward_and_backward(make_mod
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_flex_attention_before_a_picture_is_finite(make_model, dtype):
+def test_flex_attention_before_a_image_is_finite(make_model, dtype):
     # Torch has its backward pass on accelerators alone.
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, reference = (make_model(dtype=dtype, attention=name).to(device) for name in ("flex_attention", "sdpa"))
@@ -179,7 +179,7 @@ def test_flex_attention_before_a_picture_is_finite(make_model, dtype):
     close(logits[mask.bool()], reference(ids, pixels, attention_mask=mask).logits[mask.bool()], dtype)
 
 
-def test_picture_of_another_row_is_nothing(model, make_batch, looks):
+def test_image_of_another_row_is_nothing(model, make_batch, looks):
     batch = make_batch((1, 1))
     pixels = batch["pixel_values"].clone().requires_grad_()
     model(**{**batch, "pixel_values": pixels}).logits[0].square().sum().backward()
@@ -214,9 +214,9 @@ def test_packed_texts_are_the_texts_alone(make_model, visibility, attention):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("visibility", ["latest", "all_previous"])
 @torch.no_grad()
-def test_a_shared_picture_is_its_copies(make_model, make_batch, looks, visibility, attention, use_cache):
+def test_a_shared_image_is_its_copies(make_model, make_batch, looks, visibility, attention, use_cache):
     model = make_model(image_visibility=visibility, attention=attention)
-    # In the first row one picture is named twice beside another one.
+    # In the first row one image is named twice beside another one.
     batch = make_batch((3, 0, 2))
     model_pixels = batch.pop("pixel_values")[:3]
     pixels, shared = model_pixels[:2], torch.tensor([0, 1, 0, 1, 1])
@@ -232,7 +232,7 @@ def test_a_shared_picture_is_its_copies(make_model, make_batch, looks, visibilit
     got = model(**batch, pixel_values=pixels, image_indices=shared, use_cache=use_cache, cross_attention_queries=rows)
     close(got.logits, expected.logits)
     for mine, copies in zip(got.cross_attention_maps, expected.cross_attention_maps):
-        # Whichever of its copies they fall on, the attention on each place of a picture is the same.
+        # Whichever of its copies they fall on, the attention on each place of an image is the same.
         places = pixels.shape[-2:].numel() // 64
         close(*(maps.unflatten(-1, (-1, places)).sum(-2) for maps in (mine, copies)))
 
@@ -246,7 +246,7 @@ def test_embeddings_in_the_place_of_ids(model, make_batch, looks):
 
 
 @torch.no_grad()
-def test_encoded_pictures_in_the_place_of_pixels(model, make_batch, looks):
+def test_encoded_images_in_the_place_of_pixels(model, make_batch, looks):
     batch = make_batch((2, 0, 1))
     expected = model(**batch).logits
     encoded = model.get_image_features(batch.pop("pixel_values"), return_dict=True)
@@ -254,24 +254,24 @@ def test_encoded_pictures_in_the_place_of_pixels(model, make_batch, looks):
 
 
 @torch.no_grad()
-def test_no_pictures_for_image_tokens_warns_and_reads_text(model, make_batch, caplog, monkeypatch):
+def test_no_images_for_image_tokens_warns_and_reads_text(model, make_batch, caplog, monkeypatch):
     monkeypatch.setattr(logger, "propagate", True)
     logger.warning_once.cache_clear()
     batch = make_batch((1,))
     del batch["pixel_values"]
     assert torch.equal(model(**batch).logits, language_model_of(model)(**batch).logits)
-    assert "no pictures" in caplog.text
+    assert "no images" in caplog.text
 
 
 @torch.no_grad()
-def test_an_empty_stack_of_pictures_is_none(model, make_batch):
+def test_an_empty_stack_of_images_is_none(model, make_batch):
     batch = make_batch((0, 0))
     assert torch.equal(model(**batch, pixel_values=torch.zeros(0, 3, 32, 32)).logits, model(**batch).logits)
 
 
 @pytest.mark.parametrize("size", [(32, 48), (64, 40)])
 @torch.no_grad()
-def test_pictures_need_not_be_square(model, make_batch, size):
+def test_images_need_not_be_square(model, make_batch, size):
     batch = make_batch((1, 1), size=size)
     outputs = model(**batch)
     assert outputs.image_outputs.pooler_output.shape[1] == (size[0] // 8) * (size[1] // 8)

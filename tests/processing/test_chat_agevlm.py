@@ -1,4 +1,4 @@
-"""Published chat templates: pictures in them, what ends an answer, and generation that stops there."""
+"""Published chat templates: images in them, what ends an answer, and generation that stops there."""
 
 import pytest
 import torch

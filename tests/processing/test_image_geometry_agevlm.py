@@ -22,7 +22,7 @@ PROCESSORS = {
     "stretch": stretch(32),
     "crop": crop(40, 32),
     "crop of the same size": crop(32, 32),
-    "crop larger than the picture": crop(24, 33),
+    "crop larger than the image": crop(24, 33),
     "neither": CLIPImageProcessor(do_resize=False, do_center_crop=False),
     "crop alone": CLIPImageProcessor(do_resize=False, crop_size={"height": 32, "width": 32}),
 }
@@ -73,9 +73,9 @@ def test_the_pixels_go_where_the_geometry_says(mask, name):
     """A white box on black, through the real processor: brightness of a cell is its coverage."""
     processor, (height, width) = PROCESSORS[name], mask.shape[1:]
     geometry = image_geometry(processor, height, width)
-    picture = Image.fromarray((mask[0].numpy() * 255).astype("uint8")).convert("RGB")
+    image = Image.fromarray((mask[0].numpy() * 255).astype("uint8")).convert("RGB")
     # Bilinear and without normalisation: cubic weights overshoot, which is not what is tested.
-    pixels = processor(picture, resample=2, do_normalize=False, return_tensors="pt")["pixel_values"][0, 0]
+    pixels = processor(image, resample=2, do_normalize=False, return_tensors="pt")["pixel_values"][0, 0]
     assert tuple(pixels.shape) == geometry.size
     coverage = geometry.mask_coverage(mask, *geometry.size)[0]
     # Interpolation blurs by about a source or an input pixel: compare sums over growing corners.

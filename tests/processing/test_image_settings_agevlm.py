@@ -73,10 +73,10 @@ def test_a_colour_is_what_the_encoder_knows(own, tokenizer, tmp_path):
     AgeVlmProcessor(made, tokenizer).save_pretrained(tmp_path / "saved")
     loaded = AutoProcessor.from_pretrained(tmp_path / "saved")
     assert torch.equal(pixels(loaded.image_processor, noise()), pixels(made, noise()))
-    assert loaded.image_geometry(20, 30).source_box == (0, 0, 30, 20), "the whole picture is seen"
+    assert loaded.image_geometry(20, 30).source_box == (0, 0, 30, 20), "the whole image is seen"
 
 
-def test_a_picture_is_resampled_as_the_encoder_knows(own):
+def test_a_image_is_resampled_as_the_encoder_knows(own):
     reference, made = AutoImageProcessor.from_pretrained(own), encoder_image_processor(own)
     # Of a square one nothing is cropped away, but by ConvNeXt's.
     reference.do_center_crop = False
@@ -92,7 +92,7 @@ def test_another_size_is_taken(own):
     assert pixels(made, noise((20, 30))).shape == (1, 3, 32, 64)
 
 
-def test_the_whole_picture_is_seen_in_a_size_of_one_call_too():
+def test_the_whole_image_is_seen_in_a_size_of_one_call_too():
     processor, size = whole_image_processor(48), {"height": 32, "width": 64}
     got = processor(noise(), size=size, return_tensors="pt")["pixel_values"]
     assert torch.equal(got, pixels(whole_image_processor((32, 64)), noise()))

@@ -1,4 +1,4 @@
-"""Pictures of every mode and container come out as the RGB that a person sees."""
+"""Images of every mode and container come out as the RGB that a person sees."""
 
 import base64
 import struct
@@ -33,7 +33,7 @@ def picture():
 
 def test_containers_agree(picture, tmp_path):
     expected = picture.astype(float)
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     Image.fromarray(picture).save(path)
     tensor = torch.from_numpy(picture).permute(2, 0, 1)
     for image in (
@@ -92,7 +92,7 @@ def test_sixteen_bits_are_scaled_not_clipped(picture, tmp_path):
 
 
 def converted(picture: np.ndarray, mode: str) -> Image.Image:
-    """The picture in that mode: of modes without colour its first channel."""
+    """The image in that mode: of modes without colour its first channel."""
     gray = picture[..., 0]
     if mode == "LAB":
         profiles = (ImageCms.createProfile(name) for name in ("sRGB", "LAB"))
@@ -114,7 +114,7 @@ def converted(picture: np.ndarray, mode: str) -> Image.Image:
 
 @pytest.mark.parametrize("mode", [mode for mode in Image.MODES if not mode.startswith("BGR")])
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_every_mode_of_pillow_is_the_picture(picture, mode, orientation):
+def test_every_mode_of_pillow_is_the_image(picture, mode, orientation):
     image = converted(picture, mode)
     assert image.mode == mode or (mode == "I;16L" and image.mode == "I;16") or mode == "I;16N"
     image.getexif()[0x0112] = orientation
@@ -163,7 +163,7 @@ def test_transparency_of_every_mode(picture, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])
-def test_deep_values_that_are_no_picture_are_one_sentence(mode):
+def test_deep_values_that_are_no_image_are_one_sentence(mode):
     for value in (-140, 70_000):
         pixels = np.array([[0, 100], [200, value]], {"I": np.int32, "F": np.float32}[mode])
         with pytest.raises(ValueError, match=f"^images: got values from .*{value}.*, expected 0 to 1 or 0 to 255.$"):
@@ -202,7 +202,7 @@ def test_what_interpolation_overshoots_is_clipped(container, top, low):
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["bicubic", "bilinear"]), st.sampled_from([1.0, 255.0]))
 @settings(max_examples=40, deadline=None)
-def test_a_resized_picture_is_as_bright_as_it_was(seed, mode, top):
+def test_a_resized_image_is_as_bright_as_it_was(seed, mode, top):
     generator = torch.Generator().manual_seed(seed)
     picture = (torch.rand(1, 3, 6, 6, generator=generator) > 0.5).float()
     resized = torch.nn.functional.interpolate(picture, scale_factor=3, mode=mode)[0]
@@ -210,7 +210,7 @@ def test_a_resized_picture_is_as_bright_as_it_was(seed, mode, top):
     np.testing.assert_allclose(rgb(resized * top), expected, atol=1)
 
 
-def test_pictures_without_their_mean_are_refused(picture):
+def test_images_without_their_mean_are_refused(picture):
     for mean, deviation in ((0.5, 0.5), (0.45, 0.22)):
         with pytest.raises(ValueError, match="^images: got values from -"):
             load_rgb((picture / 255 - mean) / deviation)
@@ -290,16 +290,16 @@ def _truncated(path):
     return path
 
 
-def test_bad_pictures_are_one_sentence_with_their_name(tmp_path):
+def test_bad_images_are_one_sentence_with_their_name(tmp_path):
     text = tmp_path / "notes.png"
-    text.write_text("not a picture")
+    text.write_text("not an image")
     empty = tmp_path / "empty.jpg"
     empty.write_bytes(b"")
     for image, words in (
         (tmp_path / "missing.png", ["missing.png", "not a file"]),
         (tmp_path, [tmp_path.name, "not a file"]),
-        (text, ["notes.png", "not a picture"]),
-        (empty, ["empty.jpg", "not a picture"]),
+        (text, ["notes.png", "not an image"]),
+        (empty, ["empty.jpg", "not an image"]),
         (_truncated(tmp_path / "half.png"), ["half.png", "damaged"]),
         (_truncated(tmp_path / "half.jpg"), ["half.jpg", "damaged"]),
         (np.zeros((6, 5, 2)), ["(6, 5, 2)"]),

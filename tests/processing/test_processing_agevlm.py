@@ -25,7 +25,7 @@ def count(encoded, token):
     return [list(row).count(token) for row in (ids.tolist() if isinstance(ids, torch.Tensor) else ids)]
 
 
-def test_one_picture_is_one_token(processor):
+def test_one_image_is_one_token(processor):
     encoded = processor(images=picture(), text=f"{IMAGE}What?", return_tensors="pt")
     assert set(encoded) == {"input_ids", "attention_mask", "pixel_values"}
     assert encoded["pixel_values"].shape == (1, 3, 32, 32)
@@ -33,7 +33,7 @@ def test_one_picture_is_one_token(processor):
     assert processor.decode(encoded["input_ids"][0], skip_special_tokens=True) == "What?"
 
 
-def test_batches_of_ragged_pictures_keep_their_order(processor):
+def test_batches_of_ragged_images_keep_their_order(processor):
     images = [picture(value=value) for value in range(3)]
     texts = [f"{IMAGE}a{IMAGE}b", "-", f"c{IMAGE}"]
     flat = processor(images=images, text=texts, padding=True, return_tensors="pt")
@@ -46,20 +46,20 @@ def test_batches_of_ragged_pictures_keep_their_order(processor):
     assert flat["attention_mask"][1, 0] == 0 and flat["attention_mask"][:, -1].all(), "padding goes left"
 
 
-def test_text_or_pictures_alone(processor):
+def test_text_or_images_alone(processor):
     assert set(processor(text="hello", return_tensors="pt")) == {"input_ids", "attention_mask"}
     assert set(processor(images=picture(), return_tensors="pt")) == {"pixel_values"}
 
 
-def test_pictures_of_every_container_agree(processor, tmp_path):
+def test_images_of_every_container_agree(processor, tmp_path):
     image = picture()
-    image.save(tmp_path / "picture.png")
+    image.save(tmp_path / "image.png")
     expected = processor(images=image, text=IMAGE, return_tensors="pt")["pixel_values"]
     array = np.asarray(image)
     tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
     for other in (
-        tmp_path / "picture.png",
-        str(tmp_path / "picture.png"),
+        tmp_path / "image.png",
+        str(tmp_path / "image.png"),
         array,
         tensor,
         tensor / 255,
@@ -67,14 +67,14 @@ def test_pictures_of_every_container_agree(processor, tmp_path):
         array[None],
         [image],
         [[image]],
-        (tmp_path / "picture.png").as_uri().replace("file://", ""),
+        (tmp_path / "image.png").as_uri().replace("file://", ""),
     ):
         got = processor(images=other, text=IMAGE, return_tensors="pt")["pixel_values"]
         torch.testing.assert_close(got, expected, atol=2e-2, rtol=0)
 
 
 @pytest.mark.parametrize("size", [(1, 40), (40, 1), (1, 1), (3, 3), (4, 4)])
-def test_thin_pictures(processor, size):
+def test_thin_images(processor, size):
     image = Image.new("RGB", size[::-1], (255, 0, 0))
     for one in (image, np.asarray(image), torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)):
         pixels = processor(images=one, text=IMAGE, return_tensors="pt")["pixel_values"]
@@ -83,19 +83,19 @@ def test_thin_pictures(processor, size):
         assert red > 1 and green < -1 and blue < -1
 
 
-# Numbers of pictures and of their tokens
+# Numbers of images and of their tokens
 
 
 @pytest.mark.parametrize(
     ("images", "text", "numbers"),
     [
-        (2, [f"{IMAGE}a"], ("2 pictures", "1 image token")),
-        (1, [f"{IMAGE}a{IMAGE}", "b"], ("1 pictures", "2 image token")),
-        (1, ["no token"], ("1 pictures", "0 image token")),
-        (0, [f"{IMAGE}a{IMAGE}"], ("0 pictures", "2 image token")),
+        (2, [f"{IMAGE}a"], ("2 images", "1 image token")),
+        (1, [f"{IMAGE}a{IMAGE}", "b"], ("1 images", "2 image token")),
+        (1, ["no token"], ("1 images", "0 image token")),
+        (0, [f"{IMAGE}a{IMAGE}"], ("0 images", "2 image token")),
     ],
 )
-def test_other_numbers_of_pictures_than_of_tokens(processor, images, text, numbers):
+def test_other_numbers_of_images_than_of_tokens(processor, images, text, numbers):
     with pytest.raises(
         ValueError,
         match=r"^images: got .*, expected as many: .* tokens in the prompts should be the same as the number of .*\.$",
@@ -127,7 +127,7 @@ def test_no_images_in_any_form_are_none(processor, images):
         encoded = processor(images=images, text=text, padding=True, return_tensors="pt")
         assert set(encoded) == set(expected) and torch.equal(encoded["input_ids"], expected["input_ids"])
     for text in (f"{IMAGE}a", [f"{IMAGE}a", f"{IMAGE}b"]):
-        with pytest.raises(ValueError, match=r"^images: got 0 pictures for [12] image tokens in the text, expected"):
+        with pytest.raises(ValueError, match=r"^images: got 0 images for [12] image tokens in the text, expected"):
             processor(images=images, text=text)
 
 
@@ -140,17 +140,17 @@ def test_a_row_without_images_may_be_none_or_empty(processor, rows):
     expected = processor(images=images, text=texts, padding=True, return_tensors="pt")
     encoded = processor(images=rows(*images), text=texts, padding=True, return_tensors="pt")
     assert torch.equal(encoded["pixel_values"], expected["pixel_values"])
-    with pytest.raises(ValueError, match=r"^images: got \[1, 0, 1\] pictures for \[1, 1, 0\] image tokens"):
+    with pytest.raises(ValueError, match=r"^images: got \[1, 0, 1\] images for \[1, 1, 0\] image tokens"):
         processor(images=rows(*images), text=[texts[0], texts[2], "b"], padding=True)
 
 
-def test_pictures_of_the_wrong_row_are_an_error(processor):
+def test_images_of_the_wrong_row_are_an_error(processor):
     with pytest.raises(ValueError) as error:
         processor(images=[[picture()], [picture()]], text=[f"{IMAGE}a{IMAGE}", "b"], padding=True)
     assert "[2, 0]" in str(error.value) and "[1, 1]" in str(error.value)
 
 
-def test_truncation_that_loses_a_picture_is_an_error(processor):
+def test_truncation_that_loses_a_image_is_an_error(processor):
     text = [f"a long text and {IMAGE} then"]
     with pytest.raises(ValueError):
         processor(images=picture(), text=text, truncation=True, max_length=6)
@@ -193,7 +193,7 @@ def test_every_way_to_tokenize_a_chat_starts_it_once(processor):
     assert count(processor(text="no chat", add_special_tokens=False), BOS) == [0]
 
 
-def test_chats_come_in_batches_with_their_pictures(processor):
+def test_chats_come_in_batches_with_their_images(processor):
     def turn(image):
         return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "?"}]}]
 

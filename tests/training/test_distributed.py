@@ -143,7 +143,7 @@ def said(folder, name):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """With `recipe.yaml`: drawn scenes and a few texts without a picture or a mask, and `recipes`: so, and again from there."""
+    """With `recipe.yaml`: drawn scenes and a few texts without an image or a mask, and `recipes`: so, and again from there."""
     folder = tmp_path_factory.mktemp("processes")
     text = {
         "id": "text",
@@ -151,13 +151,13 @@ def folder(tmp_path_factory):
         "messages": [user_message("is a dog an animal"), assistant_message("yes")],
         "groundings": [],
     }
-    picture = {
-        "id": "picture",
+    image = {
+        "id": "image",
         "images": [Image.new("RGB", (64, 64), "red")],
         "messages": [user_message("is there a red circle in the picture", images=1), assistant_message("no")],
         "groundings": [],
     }
-    datasets.Dataset.from_list([text, text, picture, picture], features=FEATURES).save_to_disk(folder / "texts")
+    datasets.Dataset.from_list([text, text, image, image], features=FEATURES).save_to_disk(folder / "texts")
     values = {
         "name": "processes",
         "seed": 3,
@@ -189,7 +189,7 @@ def codes(folder):
     missing.write_text("data: {kind: dataset, path: nowhere/at/all}\n")
     both = ["training.batch_size=2"]
     drawn = load_sources(load_recipe(recipe, both)).train
-    # In the step of a sample without a picture, or a mask, the other process has both.
+    # In the step of a sample without an image, or a mask, the other process has both.
     shown = [(len(drawn[index]["images"]), bool(drawn[index]["groundings"])) for index in range(len(drawn))]
     assert [each for each in sorted(shown) if each != (1, True)] == [(0, False), (1, False)]
     assert all((1, True) in shown[step : step + 2] for step in range(0, len(shown), 2))

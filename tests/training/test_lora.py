@@ -351,11 +351,11 @@ def talk(number, groundings):
         assistant_message("yes" * (1 + number)),
     ]
     spans = [(11, 16), (20, 23)][:groundings]
-    picture = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    image = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
     masks = [rng.random((32, 32)) > 0.7 for _ in spans]
     return {
         "id": str(number),
-        "images": [picture],
+        "images": [image],
         "messages": messages,
         "groundings": [grounding(0, *span, 0, mask) for span, mask in zip(spans, masks)],
     }

@@ -177,7 +177,7 @@ def test_attention_is_logged_as_it_is_measured(make_trainer):
     with torch.no_grad():
         maps = trainer.model(**batch, cross_attention_queries=grounding["grounding_queries"]).cross_attention_maps
     coverage = grounding["grounding_coverage"]
-    # One picture a row: the map is its attention. Half of four heads, both blocks.
+    # One image a row: the map is its attention. Half of four heads, both blocks.
     attention = torch.stack(maps, 1)[:, :, :2].mean((1, 2))
     trainer.train()
     logged = trainer.state.log_history[0]
@@ -208,7 +208,7 @@ def test_without_weight_it_is_the_plain_trainer(make_trainer):
             assert line["alignment_loss"] > 0  # still watched
 
 
-def test_a_batch_without_masks_or_pictures_is_trained_on(make_trainer):
+def test_a_batch_without_masks_or_images_is_trained_on(make_trainer):
     for talks in ([talk(1, 0), talk(5, 0)], [talk(3, 0, images=0)]):
         trainer = make_trainer(batch=2, talks=talks, steps=2)
         trainer.train()
@@ -735,7 +735,7 @@ def test_what_becomes_of_bad_steps_is_one_of_two(make_trainer):
 
 
 def test_batches_stay_whole(make_trainer):
-    """Neither cut among GPUs of one process, nor among processes: pictures and masks are not one a row."""
+    """Neither cut among GPUs of one process, nor among processes: images and masks are not one a row."""
     model, options = make_trainer().model, {"remove_unused_columns": False}
     arguments = TrainingArguments(**options)
     arguments._n_gpu = 4  # as on a machine with four
@@ -832,11 +832,11 @@ def trained_by_two(reference, cases, folder, poisoned=(), collator=None):
     return torch.load(folder / "results.pt", weights_only=False)
 
 
-def test_two_processes_train_as_one_where_one_has_neither_picture_nor_mask(make_trainer, tmp_path):
+def test_two_processes_train_as_one_where_one_has_neither_image_nor_mask(make_trainer, tmp_path):
     text = [talk(3, 0, images=0), talk(9, 0, images=0)]
     cases = [
         ([TALKS[0], TALKS[2], *text], 1),  # the second process gets text only
-        ([TALKS[1], TALKS[5], TALKS[4], TALKS[7]], 1),  # the first one has pictures but no masks
+        ([TALKS[1], TALKS[5], TALKS[4], TALKS[7]], 1),  # the first one has images but no masks
         ([*text, *text, TALKS[0], TALKS[2], *text], 2),  # masks in one micro-batch of one process
     ]
     results = trained_by_two(make_trainer(), cases, tmp_path)

@@ -20,9 +20,9 @@ def tower():
     return AutoModel.from_config(preset_config("age-vlm-tiny").vision_config)
 
 
-def warm(tower, pictures, folder, **settings):
+def warm(tower, images, folder, **settings):
     options = {"steps": 2, "batch_size": 8, "learning_rate": 2e-3, "seed": 0, "progress": False, **settings}
-    return warm_start(tower, whole_image_processor(64), pictures, LABELS, folder=str(folder), **options)
+    return warm_start(tower, whole_image_processor(64), images, LABELS, folder=str(folder), **options)
 
 
 def test_the_tower_itself_learns_and_nothing_is_left_behind(tower, tmp_path):
@@ -51,13 +51,13 @@ class Counted(IconsDataset):
         return super().__getitem__(index)
 
 
-def test_no_more_pictures_are_drawn_than_are_seen(tower, tmp_path):
-    pictures = Counted(8000)
-    warm(tower, pictures, tmp_path, steps=2, batch_size=3)
-    assert pictures.drawn == 6
+def test_no_more_images_are_drawn_than_are_seen(tower, tmp_path):
+    images = Counted(8000)
+    warm(tower, images, tmp_path, steps=2, batch_size=3)
+    assert images.drawn == 6
 
 
-def test_the_score_of_a_picture_is_a_soft_maximum_of_its_cells(tower):
+def test_the_score_of_a_image_is_a_soft_maximum_of_its_cells(tower):
     classifier = VisionClassifier(tower, 5)
     pixels = torch.randn(2, 3, 64, 64)
     labels = torch.tensor([1, 4])

@@ -1,21 +1,21 @@
 """Cross-attention keys and values, kept on the decoder layer's own cache layer.
 
 A cache that generation made (dynamic, static, quantised, offloaded) keeps its layers and their number; those in front of
-which a cross-attention block stands change their class to one that also holds the pictures. Reordering, repeating,
-selecting and offloading then cover both, and cropping text never touches a picture that is still in front of it.
+which a cross-attention block stands change their class to one that also holds the images. Reordering, repeating,
+selecting and offloading then cover both, and cropping text never touches an image that is still in front of it.
 """
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 
 
-# The position of a key that belongs to no picture: later than any text, so that nothing ever sees it.
+# The position of a key that belongs to no image: later than any text, so that nothing ever sees it.
 NO_IMAGE = 2**30
 
 
 class ImageCacheLayerMixin(CacheLayerMixin):
     """Adds to a cache layer: `image_keys` and `image_values` (batch, heads, tokens, head_dim), and `image_positions`
-    (batch, tokens), the place in the text of the picture that a token is of, `NO_IMAGE` for padding."""
+    (batch, tokens), the place in the text of the image that a token is of, `NO_IMAGE` for padding."""
 
     _layer_type = None  # a subclass of a layer that registers itself by type must not take its place
 
@@ -24,7 +24,7 @@ class ImageCacheLayerMixin(CacheLayerMixin):
     image_positions: torch.Tensor | None = None
 
     def update_images(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> None:
-        """Appends the tokens of newly seen pictures."""
+        """Appends the tokens of newly seen images."""
         if self.image_keys is None:
             self.image_keys, self.image_values, self.image_positions = keys, values, positions
         else:
@@ -76,18 +76,18 @@ class ImageCacheLayerMixin(CacheLayerMixin):
 
 
 class ImageDynamicLayer(ImageCacheLayerMixin, DynamicLayer):
-    """A growing cache layer that also holds pictures."""
+    """A growing cache layer that also holds images."""
 
 
 class ImageStaticLayer(ImageCacheLayerMixin, StaticLayer):
-    """A cache layer of fixed length that also holds pictures."""
+    """A cache layer of fixed length that also holds images."""
 
 
 _LAYER_CLASSES: dict[type, type] = {DynamicLayer: ImageDynamicLayer, StaticLayer: ImageStaticLayer}
 
 
 def image_cache_layer(cache: Cache, layer_idx: int) -> ImageCacheLayerMixin:
-    """The cache's layer `layer_idx`, made able to hold pictures if it is not yet."""
+    """The cache's layer `layer_idx`, made able to hold images if it is not yet."""
     while len(cache.layers) <= layer_idx:
         cache.layers.append(cache.layer_class_to_replicate())
     layer = cache.layers[layer_idx]
@@ -103,7 +103,7 @@ def image_cache_layer(cache: Cache, layer_idx: int) -> ImageCacheLayerMixin:
 
 
 def cached_images(cache: Cache | None, layer_idx: int) -> ImageCacheLayerMixin | None:
-    """The cache's layer `layer_idx` if it holds pictures."""
+    """The cache's layer `layer_idx` if it holds images."""
     if cache is None or len(cache.layers) <= layer_idx:
         return None
     layer = cache.layers[layer_idx]
@@ -111,7 +111,7 @@ def cached_images(cache: Cache | None, layer_idx: int) -> ImageCacheLayerMixin |
 
 
 def _fetched(cache: Cache, layer: ImageCacheLayerMixin) -> ImageCacheLayerMixin:
-    """An offloading cache waits in its `update` for what it fetches ahead, but pictures are read before that."""
+    """An offloading cache waits in its `update` for what it fetches ahead, but images are read before that."""
     if getattr(cache, "offloading", False) and layer.image_keys is not None:
         torch.cuda.default_stream(layer.device).wait_stream(cache.prefetch_stream)
     return layer

@@ -1,10 +1,10 @@
-"""What chat templates do around the text of messages: pictures in it, and what begins and ends an answer."""
+"""What chat templates do around the text of messages: images in it, and what begins and ends an answer."""
 
 from dataclasses import dataclass
 from itertools import takewhile
 
 
-# Llama 3's own format; one token stands for a picture where the message has it.
+# Llama 3's own format; one token stands for an image where the message has it.
 CHAT_TEMPLATE = """\
 {{- bos_token }}
 {%- for message in messages %}
@@ -28,7 +28,7 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}
 """
 
-# Before a template that takes messages of plain text: their parts become one text, the image token where a picture is.
+# Before a template that takes messages of plain text: their parts become one text, the image token where an image is.
 _PARTS_TO_TEXT = """\
 {%- set flat = namespace(messages=[], text='') %}\
 {%- for message in messages %}\
@@ -62,7 +62,7 @@ class AssistantTurn:
 
 
 def template_with_images(tokenizer, chat_template: str, image_token: str) -> str:
-    """The template itself where it takes messages made of parts; else one that puts `image_token` where a picture is."""
+    """The template itself where it takes messages made of parts; else one that puts `image_token` where an image is."""
     try:
         rendered = _render(tokenizer, chat_template, [_message("user", _QUESTION)])
         if "'text'" not in rendered:

@@ -51,7 +51,7 @@ class AgeVlmConfig(PreTrainedConfig):
             Any vision model of transformers that returns a feature map `(images, channels, rows, columns)` or a token
             sequence `(images, tokens, width)`; a timm ConvNeXt when left out.
         image_token_id (`int`, *optional*, defaults to 128002):
-            The token that stands for one picture in the text: `<|reserved_special_token_0|>` of Llama 3, so that the
+            The token that stands for one image in the text: `<|reserved_special_token_0|>` of Llama 3, so that the
             vocabulary does not grow.
         cross_attention_layers (`list[int]`, *optional*):
             Decoder layers, counted from 0, that carry a gated cross-attention block in front. Every fourth layer from
@@ -63,7 +63,7 @@ class AgeVlmConfig(PreTrainedConfig):
             Start of every gate before its tanh. At 0 a new model equals its language model exactly; a model that is
             trained from scratch has nothing to preserve and learns faster from 0.5.
         image_visibility (`str`, *optional*, defaults to `"latest"`):
-            Which pictures a text row attends to: the `"latest"` one before it (Flamingo) or `"all_previous"` (Mllama).
+            Which images a text row attends to: the `"latest"` one before it (Flamingo) or `"all_previous"` (Mllama).
         initializer_range (`float`, *optional*):
             Standard deviation of new weights, the language model's own when left out.
         alignment (`dict`, *optional*):

@@ -78,7 +78,7 @@ class AgeVlmCrossAttention(nn.Module):
         """
         Args:
             hidden_states: (batch, length, width).
-            image_states: (batch, new image tokens, width), `None` where all pictures are in the cache.
+            image_states: (batch, new image tokens, width), `None` where all images are in the cache.
             image_mask: (batch, 1, length, image tokens), bool or additive.
             image_positions: (batch, new image tokens), kept with them in the cache.
 
@@ -187,7 +187,7 @@ class AgeVlmCrossAttentionBlock(nn.Module):
         output, _, queries, keys = self.attn(
             self.input_layernorm(hidden_states), image_states, images.mask, images.positions, cache
         )
-        # A row without a picture gets exactly nothing, whatever its masked attention returned.
+        # A row without an image gets exactly nothing, whatever its masked attention returned.
         nothing = hidden_states.new_zeros(())
         hidden_states = hidden_states + torch.where(images.any_visible, self.attn_gate(output), nothing)
         output = self.mlp(self.post_attention_layernorm(hidden_states))
@@ -204,7 +204,7 @@ class VisibleImages:
 
     Attributes:
         visible: (batch, length, image tokens) bool.
-        any_visible: (batch, length, 1) bool, whether the text row sees a picture at all.
+        any_visible: (batch, length, 1) bool, whether the text row sees an image at all.
         mask: (batch, 1, length, image tokens), `visible` as the backend wants it; all open for rows that see nothing,
             so that no softmax runs over an empty set.
         positions: (batch, new image tokens), to be cached with the new keys.
@@ -250,7 +250,7 @@ class AgeVlmTextModelOutput(BaseModelOutputWithPastAndCrossAttentions):
 
 
 class AgeVlmTextModel(LlamaModel):
-    """`LlamaModel` some of whose layers are `AgeVlmDecoderLayer`s. Without pictures it is `LlamaModel`, bit for bit."""
+    """`LlamaModel` some of whose layers are `AgeVlmDecoderLayer`s. Without images it is `LlamaModel`, bit for bit."""
 
     _no_split_modules = ["LlamaDecoderLayer", "AgeVlmDecoderLayer"]
     _can_record_outputs = {
@@ -290,7 +290,7 @@ class AgeVlmTextModel(LlamaModel):
         cross_attention_queries: torch.Tensor | None = None,
         **kwargs,
     ) -> AgeVlmTextModelOutput:
-        """`image_states`: (images, tokens, width) of the pictures that `images_by_row` sorts by text row."""
+        """`image_states`: (images, tokens, width) of the images that `images_by_row` sorts by text row."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: expected exactly one of the two.")
         if inputs_embeds is None:
@@ -387,7 +387,7 @@ class AgeVlmTextModel(LlamaModel):
 
 
 def unseen_images(batch: int, device: torch.device) -> ImagesByRow:
-    """One picture in every row that no text sees: its parameters take part and get zero gradients."""
+    """One image in every row that no text sees: its parameters take part and get zero gradients."""
     return ImagesByRow(
         index=torch.zeros(batch, 1, dtype=torch.long, device=device),
         positions=torch.full((batch, 1), NO_IMAGE, device=device),

@@ -1,4 +1,4 @@
-"""Pictures as people have them -> RGB: paths, URLs, PIL images, arrays and tensors of every mode."""
+"""Images as people have them -> RGB: paths, URLs, PIL images, arrays and tensors of every mode."""
 
 import os
 from contextlib import suppress
@@ -16,7 +16,7 @@ OVERSHOOT = 0.5
 
 
 def load_rgb(image) -> PIL.Image.Image | np.ndarray | torch.Tensor:
-    """One picture as RGB: a PIL image, or an array or tensor with three channels.
+    """One image as RGB: a PIL image, or an array or tensor with three channels.
 
     EXIF rotation is applied, transparency is laid over white, values from 0 to 1 (float) or 65,535 (16 bits) become 0 to
     255. Floats may leave their range by half of it, as interpolation does, and are clipped to it.
@@ -26,7 +26,7 @@ def load_rgb(image) -> PIL.Image.Image | np.ndarray | torch.Tensor:
             (height, width, channels), with 1, 3 or 4 channels.
 
     Raises:
-        ValueError: one sentence: no such file, not an image, truncated, a shape that is no picture, values out of range.
+        ValueError: one sentence: no such file, not an image, truncated, a shape that is no image, values out of range.
     """
     if isinstance(image, os.PathLike):
         image = os.fspath(image)
@@ -43,7 +43,7 @@ def _open(source: str) -> PIL.Image.Image:
     shown = source if len(source) <= 200 else source[:60] + "..."
     if not os.path.isfile(source):
         if len(source) <= 1024 and not source.startswith(("http://", "https://", "data:")):
-            raise ValueError(f"images: '{shown}' is not a file, expected a path or URL of a picture.")
+            raise ValueError(f"images: '{shown}' is not a file, expected a path or URL of an image.")
         try:
             return load_image(source)
         except Exception as error:  # every HTTP library has its own
@@ -52,7 +52,7 @@ def _open(source: str) -> PIL.Image.Image:
         image = PIL.Image.open(source)
         image.load()
     except PIL.UnidentifiedImageError:
-        raise ValueError(f"images: '{shown}' is not a picture that Pillow can read.") from None
+        raise ValueError(f"images: '{shown}' is not an image that Pillow can read.") from None
     except Exception as error:  # decoders of damaged files raise nearly anything
         raise ValueError(f"images: '{shown}' is damaged: {error}.") from None
     return image
@@ -65,7 +65,7 @@ def _pil_to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
             return _bytes_to_rgb(image)
         stored = np.asarray(image)
     except Exception as error:  # as above: only now are the pixels of an opened file decoded
-        raise ValueError(f"images: the picture is damaged: {error}.") from None
+        raise ValueError(f"images: the image is damaged: {error}.") from None
     # Of 16 bits too: some files of that depth are opened as 32.
     deep = image.mode == "I" and 0 <= stored.min() and 255 < stored.max() <= 65_535
     gray = _array_to_rgb(stored.astype(np.uint16) if deep else stored)[0].numpy().copy()
@@ -89,7 +89,7 @@ def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
     image.load()
     try:
         return PIL.ImageOps.exif_transpose(image)
-    # Pillow cannot read, or not write again, tags of another type than they should have. The picture is whole.
+    # Pillow cannot read, or not write again, tags of another type than they should have. The image is whole.
     except Exception:
         image = image.copy()
         with suppress(Exception):
@@ -109,10 +109,10 @@ def _array_to_rgb(image: np.ndarray | torch.Tensor) -> torch.Tensor:
         top = 1 if high <= 1 + slack else 255
     else:
         top = {torch.bool: 1, torch.uint16: 65_535}.get(kind, 255)
-    # Of what is there: a picture whose mean was taken off goes as far below zero as above.
+    # Of what is there: an image whose mean was taken off goes as far below zero as above.
     if not (-slack * (1 if top == 1 else high) <= low and high <= top * (1 + slack)):
         raise ValueError(f"images: got values from {low:g} to {high:g}, expected 0 to 1 or 0 to 255.")
-    # As a file would hold it: resizing rounds and clips bytes, and the same picture must give the same pixels.
+    # As a file would hold it: resizing rounds and clips bytes, and the same image must give the same pixels.
     tensor = (tensor.clamp(0, top) * (255 / top)).round().to(torch.uint8)
     if len(tensor) == 1:
         tensor = tensor.expand(3, -1, -1)
@@ -127,7 +127,7 @@ def _channels_first(image: np.ndarray | torch.Tensor) -> torch.Tensor:
     channels_last_first = isinstance(image, np.ndarray)
     try:
         if channels_last_first:
-            # torch takes neither the other order of bytes nor long doubles, negative strides (a flipped picture) nor
+            # torch takes neither the other order of bytes nor long doubles, negative strides (a flipped image) nor
             # read-only memory.
             kind = np.float64 if image.dtype.char == "g" else image.dtype.newbyteorder("=")
             image = np.array(image, kind)

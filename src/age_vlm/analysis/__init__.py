@@ -1,1 +1,1 @@
-"""Pictures and reports of what a model did."""
+"""Images and reports of what a model did."""

@@ -1,4 +1,4 @@
-"""Attention painted on the picture it looks at."""
+"""Attention painted on the image it looks at."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _INK, _PAPER, _FAINT = (28, 32, 38), (255, 255, 255), (110, 118, 128)
 
 
 def overlay(image: Image.Image, attention: Tensor, *, alpha: float = 0.65, colormap: str = "inferno") -> Image.Image:
-    """Paint a heat map on a picture.
+    """Paint a heat map on an image.
 
-    The map is stretched over the whole picture (bilinear) and scaled so that its peak has the colormap's last colour.
-    Where the attention is low the picture shows through, darkened; where it is high the colour covers it by `alpha`.
+    The map is stretched over the whole image (bilinear) and scaled so that its peak has the colormap's last colour.
+    Where the attention is low the image shows through, darkened; where it is high the colour covers it by `alpha`.
 
     Args:
-        image: the picture, any mode.
-        attention: (h, w) non-negative weights on the token grid; h and w need not have the picture's proportions.
-        alpha: opacity of the peak, 0 (the picture alone) to 1.
+        image: the image, any mode.
+        attention: (h, w) non-negative weights on the token grid; h and w need not have the image's proportions.
+        alpha: opacity of the peak, 0 (the image alone) to 1.
         colormap: name of a matplotlib colormap.
 
     Returns:
-        RGB picture of the size of `image`.
+        RGB image of the size of `image`.
 
     Raises UserError for a map that is not (h, w), finite and non-negative, an alpha outside [0, 1] or an unknown
     colormap.
@@ -45,14 +45,14 @@ def overlay(image: Image.Image, attention: Tensor, *, alpha: float = 0.65, color
     heat = _stretched(attention, image.size)
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
     colour = matplotlib.colormaps[colormap](heat)[..., :3].astype(np.float32) * 255
-    # Half of the opacity everywhere dims what is not looked at, so that the peak stands out on a bright picture as
+    # Half of the opacity everywhere dims what is not looked at, so that the peak stands out on a bright image as
     # well.
     opacity = alpha * (0.5 + 0.5 * heat[..., None])
     return Image.fromarray((pixels * (1 - opacity) + colour * opacity).round().clip(0, 255).astype(np.uint8))
 
 
 def _stretched(attention: Tensor, size: tuple[int, int]) -> np.ndarray:
-    """(height, width) float32 in [0, 1], of a picture of `size` (width, height); 0 is no attention, 1 the peak."""
+    """(height, width) float32 in [0, 1], of an image of `size` (width, height); 0 is no attention, 1 the peak."""
     attention = torch.as_tensor(attention).detach().float().cpu()
     if attention.ndim != 2 or attention.numel() == 0:
         raise UserError(f"attention must be (h, w), got {tuple(attention.shape)}.")
@@ -72,10 +72,10 @@ def overlay_sheet(
     tile: int = 224,
     alpha: float = 0.65,
 ) -> Image.Image:
-    """A sheet: the picture, then the picture with the attention of each word painted on it, labelled.
+    """A sheet: the image, then the image with the attention of each word painted on it, labelled.
 
     Args:
-        image: the picture; small ones are enlarged so that their longer side fills a tile.
+        image: the image; small ones are enlarged so that their longer side fills a tile.
         maps: (word, (h, w) attention) pairs, in reading order.
         title: a line above the tiles, usually the question.
         answer: a second line, in a fainter colour.
@@ -90,12 +90,12 @@ def overlay_sheet(
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     # A drawn 64-pixel scene keeps its pixels when enlarged; a photograph is smoothed down.
     base = image.convert("RGB").resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.LANCZOS)
-    tiles = [("picture", base)] + [(word, overlay(base, attention, alpha=alpha)) for word, attention in maps]
+    tiles = [("image", base)] + [(word, overlay(base, attention, alpha=alpha)) for word, attention in maps]
 
     regular, bold = _font(), _font(bold=True)
     columns = min(columns, len(tiles))
     rows = -(-len(tiles) // columns)
-    # Tall pictures make narrow tiles: the cell stays wide enough for its label.
+    # Tall images make narrow tiles: the cell stays wide enough for its label.
     cell_width = max(size[0], tile // 2)
     width = columns * cell_width + (columns + 1) * _MARGIN
     lines = [(part, bold, _INK) for part in _wrapped(title, bold, width - 2 * _MARGIN)]
@@ -108,11 +108,11 @@ def overlay_sheet(
     draw = ImageDraw.Draw(sheet)
     for number, (text, font, colour) in enumerate(lines):
         draw.text((_MARGIN, _MARGIN // 2 + number * line_height), text, font=font, fill=colour)
-    for number, (word, picture) in enumerate(tiles):
+    for number, (word, painted) in enumerate(tiles):
         row, column = divmod(number, columns)
         x = _MARGIN + column * (cell_width + _MARGIN)
         y = top + row * (size[1] + label_height + _MARGIN)
-        sheet.paste(picture, (x, y))
+        sheet.paste(painted, (x, y))
         font, colour = (regular, _FAINT) if number == 0 else (bold, _INK)
         draw.text((x, y + size[1] + 3), _shortened(word, font, cell_width), font=font, fill=colour)
     return sheet

@@ -1,4 +1,4 @@
-"""A question about a picture: the answer, and where the model looked for each of its content words."""
+"""A question about an image: the answer, and where the model looked for each of its content words."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..processing import AgeVlmProcessor
 from ..processing.images_agevlm import load_rgb
 
 
-# Words that name nothing in a picture.
+# Words that name nothing in an image.
 FUNCTION_WORDS = frozenset(
     "a an and any are as at be been but by can could describe do does for from has have how i in is it its me of on or our "
     "please shall should tell that the their them there these they this those to was we were what when where which who why "
@@ -45,7 +45,7 @@ class Answer:
     image: PIL.Image.Image
 
     def sheet(self, question: str | None = None) -> PIL.Image.Image:
-        """The picture with the attention of each content word painted on it, under the question and the answer if given."""
+        """The image with the attention of each content word painted on it, under the question and the answer if given."""
         return overlay_sheet(self.image, self.words, title=question, answer=question and self.text)
 
 

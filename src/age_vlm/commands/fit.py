@@ -74,15 +74,15 @@ def warm_vision(
     """Warms the vision encoder up as the recipe says."""
     if not recipe.warm_start.steps:
         return
-    if source.pictures is None:
+    if source.icons is None:
         raise UserError(
-            f"warm_start.steps: got {recipe.warm_start.steps}, but this data has no single pictures, expected 0."
+            f"warm_start.steps: got {recipe.warm_start.steps}, but this data has no single images, expected 0."
         )
-    pictures, labels = source.pictures
+    images, labels = source.icons
     warm_start(
         vision_tower,
         image_processor,
-        pictures,
+        images,
         labels,
         steps=recipe.warm_start.steps,
         batch_size=recipe.warm_start.batch_size,

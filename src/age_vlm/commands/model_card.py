@@ -53,7 +53,7 @@ def model_card(
         figures=[(name, [row.get(name) for row in metrics.values()]) for name in names],
         environment=environment,
         train_samples=source.train_samples,
-        test_pictures=len(source.test),
+        test_images=len(source.test),
         from_scratch=recipe.model.text is None and recipe.model.checkpoint is None,
     )
 

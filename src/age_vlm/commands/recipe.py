@@ -100,7 +100,7 @@ class DataRecipe:
             )
         if self.masks not in ("own", "other"):
             raise UserError(
-                f"data.masks: got '{self.masks}', expected 'own', or 'other' for the control with masks of other pictures."
+                f"data.masks: got '{self.masks}', expected 'own', or 'other' for the control with masks of other images."
             )
         if len(self.crop) != 2:
             raise UserError(f"data.crop: got {self.crop}, expected a width and a height.")
@@ -137,7 +137,7 @@ class DataRecipe:
 
 @dataclass
 class WarmStartRecipe:
-    """Pretraining of the vision encoder on single pictures with one label each, without any mask; 0 steps: none."""
+    """Pretraining of the vision encoder on single images with one label each, without any mask; 0 steps: none."""
 
     steps: int = 0
     batch_size: int = 64

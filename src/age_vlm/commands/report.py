@@ -1,4 +1,4 @@
-"""One HTML file that says what a run did: settings, figures, curves and example pictures. It needs no network."""
+"""One HTML file that says what a run did: settings, figures, curves and example images. It needs no network."""
 
 from __future__ import annotations
 
@@ -94,17 +94,17 @@ def _shown(value: Any, decimals: int | None = None) -> str:
 
 
 def _example(example: Mapping[str, Any]) -> dict[str, Any]:
-    picture = example.get("sheet") or example["image"]
+    shown = example.get("sheet") or example["image"]
     answer, expected = str(example["answer"]), str(example["expected"])
     return {
         "question": example["question"],
         "answer": answer,
         "expected": expected,
         "right": answer.strip().rstrip(".").lower() == expected.strip().rstrip(".").lower(),
-        "source": _data_url(picture),
+        "source": _data_url(shown),
         # A drawn scene is shown enlarged; a sheet already has its size.
-        "width": 256 if picture.width < 200 else picture.width,
-        "small": picture.width < 200,
+        "width": 256 if shown.width < 200 else shown.width,
+        "small": shown.width < 200,
     }
 
 

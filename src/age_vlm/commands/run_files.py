@@ -14,7 +14,7 @@ from ..hub import is_checkpoint_file, recover_checkpoint
 from ..training.loss_watch import BAD_BATCHES
 
 
-# In a run folder: the model, pictures to ask it about, the adapter of parts that were trained by LoRA, TensorBoard's files,
+# In a run folder: the model, images to ask it about, the adapter of parts that were trained by LoRA, TensorBoard's files,
 # and resumable checkpoints while it trains.
 CHECKPOINT_FOLDER = "checkpoint"
 EXAMPLES_FOLDER = "examples"

@@ -1,4 +1,4 @@
-"""What a recipe's `data` section means: training samples, evaluation pictures, words, pictures for a warm start."""
+"""What a recipe's `data` section means: training samples, evaluation images, words, images for a warm start."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class DataSource:
     """
     Attributes:
         train: samples of the schema.
-        validation, test: pictures with questions, none of which is trained on.
+        validation, test: images with questions, none of which is trained on.
         texts: gives texts that together hold every word of this data.
         tokenizer: made from these words, for a language model that starts from scratch.
-        pictures: `{"image", "label"}` and the number of labels, to warm a vision encoder up, where the data has such.
-        prior: class -> share of the training pictures that show it, where a text-only guess could use it.
+        images: `{"image", "label"}` and the number of labels, to warm a vision encoder up, where the data has such.
+        prior: class -> share of the training images that show it, where a text-only guess could use it.
         held_out: the images behind `validation` and `test`, where they are files that other data may have too.
     """
 
@@ -50,7 +50,7 @@ class DataSource:
     validation: list[EvaluationItem]
     test: list[EvaluationItem]
     texts: Callable[[], Iterable[str]]
-    pictures: tuple[Dataset, int] | None = None
+    icons: tuple[Dataset, int] | None = None
     prior: dict[str, float] | None = None
     held_out: HeldOutImages = field(default_factory=HeldOutImages)
 
@@ -79,7 +79,7 @@ class MasksOfOthers(Dataset):
     def __getitem__(self, index: int) -> Sample:
         sample = self.samples[index]
         own = [grounding["mask"] for grounding in sample["groundings"]]
-        # The next sample that has any; a control with its own masks would be none, as where one picture has two samples.
+        # The next sample that has any; a control with its own masks would be none, as where one image has two samples.
         others = ((index + step) % len(self) for step in range(1, len(self)))
         candidates = (
             [mask for item in self.samples[other]["groundings"] if _is_mask(mask := item["mask"]) and mask not in own]
@@ -106,7 +106,7 @@ def _is_mask(mask: MaskRLE | None) -> bool:
 
 
 def _stretched(mask: MaskRLE, image: PIL.Image.Image) -> MaskRLE:
-    """The mask at the size of that picture. It keeps a pixel at least, however small it becomes."""
+    """The mask at the size of that image. It keeps a pixel at least, however small it becomes."""
     size = upright_size(image)
     if tuple(mask["size"]) == size[::-1]:
         return mask
@@ -120,7 +120,7 @@ def load_sources(recipe: Recipe) -> DataSource:
     source = load_source(recipe.data, recipe.seed)
     if not recipe.mix:
         return source
-    # Seeds far apart: parts that are drawn shall not be the same pictures.
+    # Seeds far apart: parts that are drawn shall not be the same images.
     others = [
         load_source(part, recipe.seed + 1_000_003 * number, evaluation=False, held_out=source.held_out)
         for number, part in enumerate(recipe.mix, start=1)
@@ -139,12 +139,12 @@ def load_sources(recipe: Recipe) -> DataSource:
 def load_source(
     recipe: DataRecipe, seed: int, *, evaluation: bool = True, held_out: HeldOutImages | None = None
 ) -> DataSource:
-    """Builds the data that a recipe names. `seed` chooses training samples; evaluation pictures do not depend on it.
+    """Builds the data that a recipe names. `seed` chooses training samples; evaluation images do not depend on it.
 
     No image is in two of training, validation and test, under whatever name: what is held out leaves training.
 
     Args:
-        evaluation: whether there are pictures to evaluate on.
+        evaluation: whether there are images to evaluate on.
         held_out: images of other data that are not to be trained on either.
 
     Raises:
@@ -188,7 +188,7 @@ def _scenes(recipe: DataRecipe, seed: int, evaluation: bool, held_out: HeldOutIm
         test=scene_items("test", recipe.test, recipe.test_seed) if evaluation else [],
         texts=scene_texts,
         # With 8,000 the encoder learns them by heart, and mistakes one in 25 others.
-        pictures=(IconsDataset(24_000, seed, side=config.size // 2), len(config.kinds)),
+        icons=(IconsDataset(24_000, seed, side=config.size // 2), len(config.kinds)),
     )
 
 
@@ -260,7 +260,7 @@ def _dataset(recipe: DataRecipe, seed: int, evaluation: bool, held_out: HeldOutI
         source.test = yes_no_items(samples, range(middle, len(samples)), recipe.test)
         if not source.test:
             warnings.warn(
-                f"data.path: the held-out part of '{recipe.path}' asks no question about one picture that is answered by "
+                f"data.path: the held-out part of '{recipe.path}' asks no question about one image that is answered by "
                 "yes or no, so there will be no figures.",
                 stacklevel=3,
             )
@@ -294,7 +294,7 @@ def open_dataset(path: str, split: str = "train", *, allow_outside: bool = False
             '{"type": "text", "text": ...}.'
         )
     if samples.features["images"] != FEATURES["images"]:
-        # Written by other tools, pictures are bytes without a type.
+        # Written by other tools, images are bytes without a type.
         samples = samples.cast_column("images", FEATURES["images"])
     if not allow_outside and (outside := image_outside(samples, path)) is not None:
         raise UserError(
@@ -305,7 +305,7 @@ def open_dataset(path: str, split: str = "train", *, allow_outside: bool = False
 
 
 def yes_no_items(samples: Sequence[Sample], numbers: Sequence[int], most: int) -> list[EvaluationItem]:
-    """Samples with one picture and a question that is answered by yes or no, as pictures to evaluate on.
+    """Samples with one image and a question that is answered by yes or no, as images to evaluate on.
 
     A question's phrase and mask are those of its first grounding, where it has any.
 
@@ -313,14 +313,14 @@ def yes_no_items(samples: Sequence[Sample], numbers: Sequence[int], most: int) -
         numbers: which samples are looked at.
         most: at most so many are taken, from all over them.
     """
-    # Without the pictures: they are not decoded just to be looked through.
+    # Without the images: they are not decoded just to be looked through.
     chats = samples.select_columns(["messages"]) if hasattr(samples, "select_columns") else samples
     asking = [number for number in numbers if any(_yes_no_turns(chats[number]["messages"]))]
     items = []
     for number in _spread(asking, most):
         try:
             sample = samples[number]
-        # Decoders of damaged pictures raise nearly anything.
+        # Decoders of damaged images raise nearly anything.
         except Exception as error:
             raise UserError(f"held-out data: {sample_name(samples, number)} could not be read: {error}.") from error
         image_id = f"{number}:{sample['id']}"
@@ -338,16 +338,16 @@ def yes_no_items(samples: Sequence[Sample], numbers: Sequence[int], most: int) -
 
 
 def _yes_no_turns(messages: Sequence[Message]) -> Iterator[tuple[int, str, str]]:
-    """Number and text of each question of a chat about one picture that is answered by a bare yes or no, and which."""
-    pictures = [
+    """Number and text of each question of a chat about one image that is answered by a bare yes or no, and which."""
+    counts = [
         number for number, message in enumerate(messages) for part in message["content"] if part["type"] == "image"
     ]
-    if len(pictures) != 1:
+    if len(counts) != 1:
         return
     for number, (message, reply) in enumerate(pairwise(messages)):
         answer = message_text(reply).strip().rstrip(".").lower()
         if message["role"] == "user" and reply["role"] == "assistant" and answer in ("yes", "no"):
-            if number >= pictures[0]:
+            if number >= counts[0]:
                 yield number, message_text(message), answer
 
 

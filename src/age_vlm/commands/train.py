@@ -43,7 +43,7 @@ def run_recipe(
     """Trains, measures and saves.
 
     The folder then holds `recipe.yaml`, `environment.json`, `log.jsonl`, `metrics.json`, `checkpoint/`, `examples/` (test
-    pictures to ask about), `report.html`, `adapter/` where parts were trained by LoRA, and `bad_batches.jsonl` where a step
+    images to ask about), `report.html`, `adapter/` where parts were trained by LoRA, and `bad_batches.jsonl` where a step
     was not finite.
 
     Args:
@@ -53,8 +53,8 @@ def run_recipe(
         previous: checkpoint that a recipe with `model.checkpoint: previous` starts from.
 
     Returns:
-        Figures on the test part, one dict a row of the table: the model, and the controls `blank picture` (the same
-        model, shown a grey picture: what it can answer from the language alone).
+        Figures on the test part, one dict a row of the table: the model, and the controls `blank image` (the same
+        model, shown a grey image: what it can answer from the language alone).
 
     Raises:
         UserError: one sentence, for a folder that exists, another recipe in it, data that cannot be read, a full disk.
@@ -118,10 +118,10 @@ def _finish(
     card = model_card(recipe, metrics, environment(), source, model.config)
     save_checkpoint(model, processor, folder / CHECKPOINT_FOLDER, card)
 
-    pictures = folder / EXAMPLES_FOLDER
-    pictures.mkdir(exist_ok=True)
+    images = folder / EXAMPLES_FOLDER
+    images.mkdir(exist_ok=True)
     for number, item in enumerate(source.test[:8]):
-        item.image.save(pictures / f"{number}.png")
+        item.image.save(images / f"{number}.png")
     curves = {
         f"{name} (validation)": [(point["step"], point[name]) for point in curve] for name in curve[0] if name != "step"
     }
@@ -137,7 +137,7 @@ def _finish(
         curves=curves,
         examples=examples(model, processor, source.test),
         notes=[
-            f"Figures are on {len(source.test)} test pictures that were neither trained on nor chosen on; one seed."
+            f"Figures are on {len(source.test)} test images that were neither trained on nor chosen on; one seed."
             if source.test
             else "No figures: the held-out samples ask no question that can be scored.",
             f"The {'run, since it was resumed,' if resume else 'whole run'} took {seconds / 60:.1f} minutes.",
@@ -147,9 +147,9 @@ def _finish(
     return metrics
 
 
-def curve_measure(recipe: Recipe, items: Sequence[EvaluationItem], pictures: int = 100):
-    """Figures that are cheap enough to take while training: existence by logits, and pointing, on some pictures."""
-    items = items[:pictures]
+def curve_measure(recipe: Recipe, items: Sequence[EvaluationItem], images: int = 100):
+    """Figures that are cheap enough to take while training: existence by logits, and pointing, on some images."""
+    items = items[:images]
     mode, name = (None, "yes_no_accuracy") if recipe.data.kind == "dataset" else ("adversarial", "adversarial_accuracy")
     asked = split_items(items, lambda question: question.kind == "existence" and question.mode == mode)
     questions = [question for item in asked for question in item.questions]
@@ -177,14 +177,14 @@ def test_metrics(model, processor, recipe: Recipe, source: DataSource) -> dict[s
     blank = [dataclasses.replace(item, image=PIL.Image.new("RGB", item.image.size, "grey")) for item in source.test]
     control, _ = answer_metrics(model, processor, blank)
     if recipe.data.kind == "label_maps":
-        for row, pictures in ((metrics, source.test), (control, blank)):
-            value = presence_metrics(yes_scores(model, processor, pictures), pictures)["macro_auc"]
+        for row, images in ((metrics, source.test), (control, blank)):
+            value = presence_metrics(yes_scores(model, processor, images), images)["macro_auc"]
             if not math.isnan(value):  # no class is both present and absent
                 row["presence/macro_auc"] = value
     if recipe.data.kind == "dataset":
-        for row, pictures in ((metrics, source.test), (control, blank)):
-            row |= yes_no_metrics(yes_scores(model, processor, pictures), pictures)
-    return {"model": metrics, "blank picture": control}
+        for row, images in ((metrics, source.test), (control, blank)):
+            row |= yes_no_metrics(yes_scores(model, processor, images), images)
+    return {"model": metrics, "blank image": control}
 
 
 def yes_no_metrics(scores: Mapping[str, float], items: Sequence[EvaluationItem]) -> dict[str, float]:
@@ -208,7 +208,7 @@ def table_rows(metrics: dict[str, dict[str, float]]) -> list[dict[str, str | flo
 
 
 def examples(model, processor, items: Sequence[EvaluationItem], count: int = 6) -> list[dict]:
-    """Pictures with a question each and where the model looked; a different kind of question from one to the next."""
+    """Images with a question each and where the model looked; a different kind of question from one to the next."""
     kinds = ("existence", "colour", "count", "relation")
     shown = []
     for number, item in enumerate(item for item in items if item.questions):

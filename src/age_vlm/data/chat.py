@@ -45,7 +45,7 @@ class EncodedChat:
 class ChatEncoder:
     """Renders chats with the processor's own template and tokenizes them.
 
-    Encodings are kept, up to `cache_bytes`: the questions of a data set repeat from picture to picture.
+    Encodings are kept, up to `cache_bytes`: the questions of a data set repeat from image to image.
 
     Raises:
         UserError: one sentence, for a chat template that changes the text of messages, or does not end an answer.

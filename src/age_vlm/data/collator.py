@@ -1,4 +1,4 @@
-"""Samples of the schema -> one training batch: text, pictures, and the masks of the grounded phrases."""
+"""Samples of the schema -> one training batch: text, images, and the masks of the grounded phrases."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class EncodedSample:
     """
     Attributes:
         input_ids, labels, positions: of its texts, one after the other; positions restart with each.
-        images: the sample's pictures.
-        image_indices: for each image token the number of the picture that it stands for, in the sample.
-        groundings: position in the row, number of the picture and coverage of each aligned token.
+        images: the sample's images.
+        image_indices: for each image token the number of the image that it stands for, in the sample.
+        groundings: position in the row, number of the image and coverage of each aligned token.
     """
 
     input_ids: list[int]
@@ -48,23 +48,23 @@ class AgeVlmCollator:
         processor: an `AgeVlmProcessor`.
         grid: (rows, columns) of the model's image tokens, see `model.image_grid`.
         independent_turns: every question and answer of a sample becomes a text of its own that sees the sample's
-            pictures, all packed into one row (positions restart, no attention mask): earlier answers cannot give later
+            images, all packed into one row (positions restart, no attention mask): earlier answers cannot give later
             ones away. What stands before the first question, a system message, is in front of each. Otherwise a sample is
             one chat.
         phrase_queries: which tokens of a phrase are aligned, its `"last"` (it has read the whole phrase) or `"all"`.
         max_length: longest sample, in tokens; what is over is cut from the end.
-        packing: several samples share a row (positions restart, no attention mask; each sees its own pictures only), see
+        packing: several samples share a row (positions restart, no attention mask; each sees its own images only), see
             `packed_rows`. The samples of a batch, and so its loss, are the same without.
         pack_length: longest row that packing makes of several samples, in tokens; twice the longest sample when left out.
-        image_visibility: the model's, `"latest"` or `"all_previous"`: a phrase is aligned only with a picture that it sees.
+        image_visibility: the model's, `"latest"` or `"all_previous"`: a phrase is aligned only with an image that it sees.
 
     A batch holds `input_ids`, `labels` (batch, length), `attention_mask` or `position_ids` (batch, length),
-    `pixel_values` (images, channels, height, width), where pictures are shared `image_indices` (image tokens,), and for
+    `pixel_values` (images, channels, height, width), where images are shared `image_indices` (image tokens,), and for
     each aligned text row `grounding_queries` (groundings, 2) batch index and position, `grounding_slots` (groundings,) which
-    picture of its row, `grounding_coverage` (groundings, rows x columns) how much of each image token the mask covers.
+    image of its row, `grounding_coverage` (groundings, rows x columns) how much of each image token the mask covers.
 
     Raises:
-        UserError: one sentence, for a sample that does not follow the schema or still lacks masks, and for a picture, or all
+        UserError: one sentence, for a sample that does not follow the schema or still lacks masks, and for an image, or all
             answers of a sample, that `max_length` cuts off.
     """
 
@@ -111,14 +111,14 @@ class AgeVlmCollator:
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
         encoded = []
-        # One picture object in several samples, as in evaluation questions about it, is prepared and encoded once.
-        pictures: dict[int, PIL.Image.Image] = {}
+        # One image object in several samples, as in evaluation questions about it, is prepared and encoded once.
+        loaded: dict[int, PIL.Image.Image] = {}
         for sample in samples:
             with naming(sample), checkpoint_errors():
                 encoded.append(self._encoded(sample))
                 for image in sample["images"]:
-                    if id(image) not in pictures:
-                        pictures[id(image)] = load_rgb(image)
+                    if id(image) not in loaded:
+                        loaded[id(image)] = load_rgb(image)
         rows = [[number] for number in range(len(encoded))]
         if self.packing:
             rows = self._packed(encoded)
@@ -131,12 +131,12 @@ class AgeVlmCollator:
             for sample in (encoded[member] for member in members):
                 for image in sample.images:
                     if numbers.setdefault(id(image), len(images)) == len(images):
-                        images.append(pictures[id(image)])
+                        images.append(loaded[id(image)])
                 own = [numbers[id(image)] for image in sample.images]
                 row_images.extend(own[image] for image in sample.image_indices)
                 row_groundings.extend((start + token, own[image], cover) for token, image, cover in sample.groundings)
                 start += len(sample.input_ids)
-            # As the model sorts the pictures of a row.
+            # As the model sorts the images of a row.
             slots = {image: slot for slot, image in enumerate(sorted(set(row_images)))}
             groundings.extend((row, token, slots[image], coverage) for token, image, coverage in row_groundings)
             image_indices.extend(row_images)
@@ -180,7 +180,7 @@ class AgeVlmCollator:
         return self._cut(sample, whole)
 
     def _chats(self, sample: Sample) -> Iterator[tuple[EncodedChat, list[int], list[tuple[int, Grounding]]]]:
-        """Each text of a sample: its encoding, the pictures of its image tokens, its groundings by message number."""
+        """Each text of a sample: its encoding, the images of its image tokens, its groundings by message number."""
         messages = sample["messages"]
         images, first = [], 0
         for message in messages:
@@ -206,7 +206,7 @@ class AgeVlmCollator:
     def _aligned_tokens(
         self, sample: Sample, chat: EncodedChat, chat_images: list[int], chat_groundings: list[tuple[int, Grounding]]
     ) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """Position in the chat, picture of the sample and mask coverage of every token that is aligned."""
+        """Position in the chat, image of the sample and mask coverage of every token that is aligned."""
         image_token = self.processor.image_token_id
         places = [position for position, token in enumerate(chat.input_ids) if token == image_token]
         phrases: dict[tuple[int, int, int, int], list[Grounding]] = {}
@@ -241,7 +241,7 @@ class AgeVlmCollator:
             return whole
         if self.processor.image_token_id in ids[most:]:
             raise UserError(
-                f"max_length: sample '{sample['id']}' has {len(ids)} tokens and a picture after token {most}, "
+                f"max_length: sample '{sample['id']}' has {len(ids)} tokens and an image after token {most}, "
                 "expected a length that keeps all image tokens."
             )
         kept = whole.labels[:most]

@@ -117,15 +117,15 @@ def _open(path: Path) -> Image.Image:
 
 
 def _read_indices(path: Path, image_path: Path, size: tuple[int, int]) -> np.ndarray:
-    picture = _open(path)
-    if picture.mode not in _INDEX_MODES:
-        raise UserError(f"{path} must hold one index per pixel, got a picture of mode {picture.mode}.")
-    if picture.size != size:
+    opened = _open(path)
+    if opened.mode not in _INDEX_MODES:
+        raise UserError(f"{path} must hold one index per pixel, got an image of mode {opened.mode}.")
+    if opened.size != size:
         raise UserError(
             f"{path} must have the size of its image {image_path.name}, {size[0]} x {size[1]}, "
-            f"got {picture.size[0]} x {picture.size[1]}."
+            f"got {opened.size[0]} x {opened.size[1]}."
         )
-    return np.asarray(picture).astype(np.int32)
+    return np.asarray(opened).astype(np.int32)
 
 
 def read_frame(

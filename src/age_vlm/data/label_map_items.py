@@ -56,7 +56,7 @@ def label_map_items(
     negatives: int = 2,
     pool: int | None = 4,
 ) -> list[EvaluationItem]:
-    """Evaluation pictures with their questions: deterministic crops of every frame.
+    """Evaluation images with their questions: deterministic crops of every frame.
 
     Each has existence questions without a mode about every class that is clearly present or absent (for AUC), counting
     questions where there are instances, and, given `statistics` of the training frames, as many positive as negative

@@ -2,7 +2,7 @@
 
 A folder of images, a folder of single-channel PNGs with the same file stems, and a list of class names are enough: that
 is the form of CamVid, Cityscapes, ADE20K and most segmentation tools. Whole photographs of one kind of scene show
-nearly every class nearly always, so samples are random crops: they make presence a question about the picture.
+nearly every class nearly always, so samples are random crops: they make presence a question about the image.
 """
 
 from __future__ import annotations

@@ -16,14 +16,14 @@ def packed_rows(
 
     All rows of a batch are padded to its longest, so what counts is not how full single rows are, but how even they are:
     samples go, the longest first, to the row that is the shortest so far (Graham 1969, longest processing time first).
-    Attention is computed between all of a row's text and all of its text and pictures, masked or not: of the numbers of
+    Attention is computed between all of a row's text and all of its text and images, masked or not: of the numbers of
     rows that leave nearly as little padding as the best, the one with the fewest such pairs is taken.
 
     Args:
         lengths: of the samples, in tokens.
         most: longest row of several samples; one that is longer by itself has a row of its own. Twice the longest sample when
             left out.
-        image_tokens: of all pictures of each sample; the row with the most of them sets how many all rows are given.
+        image_tokens: of all images of each sample; the row with the most of them sets how many all rows are given.
         slack: how much larger than with the least padding the batch may be.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Evaluation questions about pictures, and the choice of absent objects to ask about (POPE, arXiv:2305.10355)."""
+"""Evaluation questions about images, and the choice of absent objects to ask about (POPE, arXiv:2305.10355)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Question:
     """One question with its expected answer.
 
     `phrase` is the character span [start, end) in `text` of the object asked about; `mask` its RLE at the resolution of
-    the picture, or None when the object is not there. `mode` is set for existence questions only.
+    the image, or None when the object is not there. `mode` is set for existence questions only.
     """
 
     id: str
@@ -49,7 +49,7 @@ class Question:
 
 @dataclass(frozen=True)
 class EvaluationItem:
-    """A picture and the questions asked about it."""
+    """An image and the questions asked about it."""
 
     image_id: str
     image: Image.Image
@@ -58,18 +58,18 @@ class EvaluationItem:
 
 @dataclass
 class KindStatistics(Generic[Kind]):
-    """How often kinds of object appear in training pictures, alone and together: what POPE draws negatives by."""
+    """How often kinds of object appear in training images, alone and together: what POPE draws negatives by."""
 
     frequency: Counter[Kind] = field(default_factory=Counter)
     cooccurrence: dict[Kind, Counter[Kind]] = field(default_factory=dict)
 
     @classmethod
-    def count(cls, pictures: Iterable[Iterable[Kind]]) -> KindStatistics[Kind]:
-        """Count over pictures, each given as the kinds it shows; a kind counts once a picture."""
+    def count(cls, images: Iterable[Iterable[Kind]]) -> KindStatistics[Kind]:
+        """Count over images, each given as the kinds it shows; a kind counts once an image."""
         statistics = cls()
-        for picture in pictures:
+        for kinds_there in images:
             # A dict rather than a set keeps the order of the counters, and so of ties, the same in every process.
-            kinds = list(dict.fromkeys(picture))
+            kinds = list(dict.fromkeys(kinds_there))
             statistics.frequency.update(kinds)
             for kind in kinds:
                 statistics.cooccurrence.setdefault(kind, Counter()).update(other for other in kinds if other != kind)
@@ -100,12 +100,12 @@ def existence_negatives(
     Equal scores are in random order. The modes choose independently, so a kind may come up in several.
 
     Args:
-        present: kinds the picture shows, or that for another reason must not count as absent (too small to judge).
+        present: kinds the image shows, or that for another reason must not count as absent (too small to judge).
         candidates: all kinds that may be asked about, without duplicates.
         frequency, affinity: scores by kind; a missing kind scores 0.
         rng: source of all choices.
         count: negatives per mode; fewer are returned where fewer kinds are absent.
-        pool: popular negatives are drawn at random from this many top kinds, so that not all pictures ask about the
+        pool: popular negatives are drawn at random from this many top kinds, so that not all images ask about the
             same one; by default exactly the top `count`.
 
     Raises:

@@ -133,7 +133,7 @@ def sample_name(samples: Dataset, index: int, own_id: str | None = None) -> str:
         samples, where = samples.parts[part], f" of part {part} of the mix"
     if own_id is None and hasattr(samples, "select_columns"):
         try:
-            # Without its pictures, which may be what is broken.
+            # Without its images, which may be what is broken.
             own_id = samples.select_columns(["id"])[index]["id"]
         except Exception:
             pass

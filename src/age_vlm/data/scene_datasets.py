@@ -1,4 +1,4 @@
-"""Drawn scenes as data sets: training samples, evaluation pictures, and icons to warm a vision encoder up."""
+"""Drawn scenes as data sets: training samples, evaluation images, and icons to warm a vision encoder up."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 class ScenesDataset(torch.utils.data.Dataset[Sample]):
     """Training samples of the first `length` scenes of a split, drawn when asked for and kept in memory, up to 512 MiB.
 
-    Item i is always the same picture with the same text (`scene_sample`), so what is made of it may be cached by i. Where
+    Item i is always the same image with the same text (`scene_sample`), so what is made of it may be cached by i. Where
     `texts` leaves a scene without any, one from beyond the first `length` takes its place.
 
     Raises:
@@ -77,10 +77,10 @@ class ScenesDataset(torch.utils.data.Dataset[Sample]):
 
 
 class IconsDataset(torch.utils.data.Dataset[dict[str, Any]]):
-    """One object per picture, with its kind as the label: warms up a vision encoder without any mask.
+    """One object per image, with its kind as the label: warms up a vision encoder without any mask.
 
     Items are {"image": PIL RGB, "label": int}; `class_names[label]` is "<colour> <shape>". `jitter` is how far the
-    object may be from the middle, as a share of the room there is: 0 is centred, 1 anywhere. `side` is that of the picture
+    object may be from the middle, as a share of the room there is: 0 is centred, 1 anywhere. `side` is that of the image
     in pixels, the scenes' own by default; objects keep the size they have in scenes, so a smaller one is mostly object
     and cheaper to learn from. Icons are drawn on every access and not kept.
 

@@ -14,7 +14,7 @@ from .scenes import QUESTIONS, SIZES, TEXT, Kind, Scene, SceneConfig, beside, ge
 from .schema import Grounding, Message, Sample, assistant_message, grounding, user_message
 
 
-# Popular negatives come from this many of the most frequent absent kinds: POPE asks about three per picture and mode.
+# Popular negatives come from this many of the most frequent absent kinds: POPE asks about three per image and mode.
 POPULAR_POOL = 3
 
 _CAPTION_PROMPTS = ("describe the picture.", "what is in the picture?", "what do you see?")

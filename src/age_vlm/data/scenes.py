@@ -1,8 +1,8 @@
-"""Drawn scenes, the embedded default: endless pictures of coloured shapes with exact masks.
+"""Drawn scenes, the embedded default: endless images of coloured shapes with exact masks.
 
 A scene is a function of (seed, split, index) and nothing else. Training scenes carry a language prior on purpose: some
 kinds (colour and shape) are far more frequent than others, and some have a fixed partner that nearly always appears
-with them. Validation and test scenes have neither: a model that answers from the prior, not from the picture, is caught.
+with them. Validation and test scenes have neither: a model that answers from the prior, not from the image, is caught.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "cyan": (64, 212, 224),
 }
 
-# Radius as a share of the picture's side. Stars and triangles get more, so that all shapes cover similar areas.
+# Radius as a share of the image's side. Stars and triangles get more, so that all shapes cover similar areas.
 _RADIUS = {"small": 0.12, "large": 0.18}
 _STRETCH = {"circle": 0.95, "square": 0.86, "triangle": 1.2, "star": 1.3, "cross": 1.05, "ring": 1.08}
 
@@ -70,7 +70,7 @@ class SceneConfig:
     """How scenes are drawn.
 
     Attributes:
-        size: side of the picture in pixels, at least 32.
+        size: side of the image in pixels, at least 32.
         shapes, colours: what objects may be, chosen from `SHAPES` and `COLOURS`.
         min_objects, max_objects: number of objects in a scene, 1 to 9.
         zipf_exponent: training frequency of the kind, or pair of partners, of rank r is proportional to
@@ -82,7 +82,7 @@ class SceneConfig:
         min_pixels: number of an object's pixels that must be visible.
         noise: standard deviation of the pixel noise, in grey levels.
         bias_seed: chooses which kinds are partners and which are frequent. Apart from the seed of the scenes, so that
-            runs with other seeds learn from other pictures but the same prior.
+            runs with other seeds learn from other images but the same prior.
 
     Raises:
         UserError: a value is outside what is said above.
@@ -121,7 +121,7 @@ class SceneConfig:
             raise UserError(f"zipf_exponent is {self.zipf_exponent}, expected at least 0.")
         if self.partner_pairs < 0:
             raise UserError(f"partner_pairs is {self.partner_pairs}, expected at least 0.")
-        # At 1 a partner would never be missing, and no answer could tell the picture from the prior.
+        # At 1 a partner would never be missing, and no answer could tell the image from the prior.
         if not 0 <= self.partner_probability < 1:
             raise UserError(f"partner_probability is {self.partner_probability}, expected at least 0 and below 1.")
         if not 0 <= self.min_visible <= 1:
@@ -155,7 +155,7 @@ class SceneObject:
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """A picture (RGB) and its objects, the undermost first."""
+    """An image (RGB) and its objects, the undermost first."""
 
     id: str
     split: Split
@@ -166,10 +166,10 @@ class Scene:
 
 
 def draw_scene(split: Split, index: int, config: SceneConfig | None = None, seed: int = 0) -> Scene:
-    """Draw scene number `index` of a split: always the same picture for the same arguments, and no other split has it.
+    """Draw scene number `index` of a split: always the same image for the same arguments, and no other split has it.
 
     Raises:
-        UserError: unknown split, negative index or seed, or objects that do not fit into the picture.
+        UserError: unknown split, negative index or seed, or objects that do not fit into the image.
     """
     config = config or SceneConfig()
     rng = generator(split, index, seed, PIXELS)
@@ -306,7 +306,7 @@ def shape_coverage(shape: str, size: str, config: SceneConfig, rng: np.random.Ge
 def _place(
     coverages: Sequence[np.ndarray], colours: Sequence[str], config: SceneConfig, rng: np.random.Generator
 ) -> tuple[list[tuple[int, int]], list[np.ndarray]]:
-    """Upper left corners (x, y) and visible masks of objects stacked in order, wholly inside the picture.
+    """Upper left corners (x, y) and visible masks of objects stacked in order, wholly inside the image.
 
     Objects of one colour keep apart: where they overlap, nobody could tell their shapes.
     """

@@ -28,7 +28,7 @@ SPECIAL_TOKENS = (
 # Roles of the chat template, and what a person may well say to a model whose own texts never use it.
 _COMMON_WORDS = """
     user assistant system yes no a an the is are was do does not and or of in on at to it its this that there here
-    what which where who how many much you i can see describe show tell me about please picture image photo
+    what which where who how many much you i can see describe show tell me about please image image photo
     left right above below over under near behind between next top bottom middle object objects thing things
     colour color shape size small large big zero one two three four five six seven eight nine ten none nothing
 """.split()

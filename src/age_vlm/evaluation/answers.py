@@ -113,8 +113,8 @@ def answer_tokens(tokenizer, prompt: str) -> tuple[list[int], list[int]]:
 
 
 def _batches(model, processor, items, batch_size) -> Iterator[tuple[list[Question], dict]]:
-    """Batches of whole pictures with all their questions. Where the model lets several texts share a picture, as ours
-    does, a picture is prepared and encoded once; a peer gets it again for each question."""
+    """Batches of whole images with all their questions. Where the model lets several texts share an image, as ours
+    does, an image is prepared and encoded once; a peer gets it again for each question."""
     shares = "image_indices" in inspect.signature(model.forward).parameters
     for part in _chunks(items, batch_size):
         asked = [(number, question) for number, item in enumerate(part) for question in item.questions]

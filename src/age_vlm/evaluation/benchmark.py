@@ -1,4 +1,4 @@
-"""The figures of a model on evaluation pictures, as one table."""
+"""The figures of a model on evaluation images, as one table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .pope import join_answers, score
 
 
 def split_items(items: Sequence[EvaluationItem], wanted) -> list[EvaluationItem]:
-    """The pictures that have questions for which `wanted(question)` holds, with those questions only."""
+    """The images that have questions for which `wanted(question)` holds, with those questions only."""
     parts = (replace(item, questions=tuple(filter(wanted, item.questions))) for item in items)
     return [item for item in parts if item.questions]
 

@@ -23,6 +23,6 @@ class AnnotatedTeacher(Teacher):
     def lacks(self, prompt: Prompt) -> str | None:
         return None if prompt.mask is not None else "the data has no mask for it"
 
-    def _ground(self, pictures: list[Image.Image], prompts: list[Sequence[Prompt]]) -> list[list[Masks]]:
+    def _ground(self, images: list[Image.Image], prompts: list[Sequence[Prompt]]) -> list[list[Masks]]:
         sure = np.ones(1, np.float32)
         return [[Masks(decode_mask(prompt.mask)[None], sure) for prompt in asked] for asked in prompts]

@@ -51,7 +51,7 @@ def write_contact_sheet(path: str | Path, folder: ShardFolder) -> None:
         figures=figures,
         samples=samples,
         scores=_bars(figures.scores, [f"{step / 20:.2f} to {(step + 1) / 20:.2f}" for step in range(20)]),
-        areas=_bars(figures.areas, [f"up to {_percent(edge)} of the picture" for edge in _AREAS]),
+        areas=_bars(figures.areas, [f"up to {_percent(edge)} of the image" for edge in _AREAS]),
         drawn=tiles[: len(drawn)],
         weakest=tiles[len(drawn) : len(drawn) + len(weakest)],
         left_out=tiles[len(drawn) + len(weakest) :],
@@ -168,7 +168,7 @@ def _tile(sample: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
     # Of a phrase that does not follow the schema, only the sample is known.
     number = kept["image"] if kept else record.get("image", 0 if len(images) == 1 else None)
     rle = kept["mask"] if kept else record.get("mask")
-    picture = None if number is None else load_rgb(Image.open(io.BytesIO(images[number]["bytes"])))
+    image = None if number is None else load_rgb(Image.open(io.BytesIO(images[number]["bytes"])))
     before = after = ""
     if kept:
         text = message_text(sample["messages"][kept["message"]])
@@ -182,7 +182,7 @@ def _tile(sample: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
         "area": record.get("area"),
         "iou": record.get("iou"),
         "reason": record["reason"],
-        "source": None if picture is None else _data_url(_painted(picture, rle, record)),
+        "source": None if image is None else _data_url(_painted(image, rle, record)),
     }
 
 
@@ -194,33 +194,33 @@ def _after(text: str) -> str:
     return text if len(text) <= _CONTEXT else f"{text[:_CONTEXT].rpartition(' ')[0]} …"
 
 
-def _painted(picture: Image.Image, rle: dict[str, Any] | None, record: dict[str, Any]) -> Image.Image:
-    """The picture at the size of a tile: grey and dimmed outside of the mask, which has an outline, and with the prompt."""
-    scale = _TILE / max(picture.size)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    # A small drawn picture keeps its pixels when enlarged; a photograph is smoothed down.
-    picture = picture.resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.LANCZOS)
+def _painted(image: Image.Image, rle: dict[str, Any] | None, record: dict[str, Any]) -> Image.Image:
+    """The image at the size of a tile: grey and dimmed outside of the mask, which has an outline, and with the prompt."""
+    scale = _TILE / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    # A small drawn image keeps its pixels when enlarged; a photograph is smoothed down.
+    image = image.resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.LANCZOS)
     if rle is not None:
         mask = Image.fromarray(decode_mask(rle)).convert("L").resize(size, Image.Resampling.BOX)
         mask = mask.point(lambda share: 255 if share >= 128 else 0)
-        grey = np.asarray(picture.convert("L"), np.float32)[..., None].repeat(3, -1)
+        grey = np.asarray(image.convert("L"), np.float32)[..., None].repeat(3, -1)
         dimmed = Image.fromarray((0.55 * grey + 0.45 * 40).round().astype(np.uint8))
-        picture = Image.composite(picture, dimmed, mask)
-        # The picture's border does not erode a mask that reaches it.
+        image = Image.composite(image, dimmed, mask)
+        # The image's border does not erode a mask that reaches it.
         grown, shrunk = (
             np.asarray(mask.filter(kind(3))) > 0 for kind in (ImageFilter.MaxFilter, ImageFilter.MinFilter)
         )
-        picture.paste(_OUTLINE, (0, 0), Image.fromarray(grown & ~shrunk))
-    pen = ImageDraw.Draw(picture)
+        image.paste(_OUTLINE, (0, 0), Image.fromarray(grown & ~shrunk))
+    pen = ImageDraw.Draw(image)
     if record.get("box"):
         last = [side - 1 for side in size] * 2
         pen.rectangle([min(value * scale, most) for value, most in zip(record["box"], last)], outline=_BOX, width=2)
     for x, y in record.get("points") or ():
         pen.ellipse((x * scale - 4, y * scale - 4, x * scale + 4, y * scale + 4), fill=_BOX, outline=(255, 255, 255))
-    return picture
+    return image
 
 
-def _data_url(picture: Image.Image) -> str:
+def _data_url(image: Image.Image) -> str:
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=88, subsampling=0)
+    image.save(buffer, "JPEG", quality=88, subsampling=0)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

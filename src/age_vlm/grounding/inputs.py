@@ -1,4 +1,4 @@
-"""Data that is to be grounded: read row by row without decoding pictures, and made into samples and prompts."""
+"""Data that is to be grounded: read row by row without decoding images, and made into samples and prompts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ..data.converters.geometry import clipped_box
-from ..data.converters.images import open_picture
+from ..data.converters.images import open_image
 from ..data.masks import MaskRLE, decode_mask
 from ..data.rejects import MALFORMED, Unusable
 from ..data.schema import FEATURES, assistant_message, grounding, message_text, user_message, validate_sample
@@ -26,7 +26,7 @@ from .teacher import Prompt
 
 
 REQUEST = "describe the picture."
-"""What is asked of a picture whose phrases come without a chat."""
+"""What is asked of an image whose phrases come without a chat."""
 
 Row = dict[str, Any]
 
@@ -61,13 +61,13 @@ class Unit:
 
     Attributes:
         sample: of the schema, with undecoded images and no groundings.
-        pictures: its images, upright and RGB.
+        images: its images, upright and RGB.
         phrases: what may be asked.
         refused: the others.
     """
 
     sample: Row
-    pictures: list[Image.Image]
+    images: list[Image.Image]
     phrases: list[Phrase]
     refused: list[Refusal]
 
@@ -152,9 +152,9 @@ def _digest(row: Row) -> bytes:
     """Of all that is read of a row; an image counts by its file, or by its pixels where it has none."""
     said = {name: row.get(name) for name in ("id", "messages", "groundings", "phrases", "boxes", "caption")}
     digest = hashlib.sha256(json.dumps(said, default=repr).encode())
-    for picture in row.get("images") or [row.get("image")]:
+    for image in row.get("images") or [row.get("image")]:
         try:
-            stored = _stored(picture)
+            stored = _stored(image)
         except Unusable as error:
             digest.update(str(error).encode())
         else:
@@ -178,18 +178,18 @@ def make_unit(row: Row, name: str) -> Unit:
     try:
         refused: list[Refusal] = []
         sample = dict(row) if "messages" in row else _from_phrases(row, name, refused)
-        stored = [_embedded(picture) for picture in sample["images"] or []]
-        opened = [open_picture(picture) for picture in stored]
+        stored = [_embedded(image) for image in sample["images"] or []]
+        opened = [open_image(image) for image in stored]
         items = sample["groundings"] or []
         sample = {"id": sample["id"], "images": opened, "messages": sample["messages"], "groundings": []}
         validate_sample(sample)
-        pictures = [_upright(picture) for picture in opened]
-        unit = Unit({**sample, "images": stored}, pictures, [], refused)
+        images = [_upright(image) for image in opened]
+        unit = Unit({**sample, "images": stored}, images, [], refused)
         for number, item in enumerate(items):
             if item is None:
                 continue
             try:
-                unit.phrases.append(_make_phrase(sample, number, item, pictures))
+                unit.phrases.append(_make_phrase(sample, number, item, images))
             except Unusable as error:
                 detail = "" if error.__cause__ is None else str(error.__cause__)
                 refused.append(Refusal(number, _words(sample, item), str(error), detail))
@@ -225,14 +225,14 @@ def _from_phrases(row: Row, name: str, refused: list[Refusal]) -> Row:
     }
 
 
-def _make_phrase(sample: Row, number: int, item: Row, pictures: list[Image.Image]) -> Phrase:
+def _make_phrase(sample: Row, number: int, item: Row, images: list[Image.Image]) -> Phrase:
     """Raises `Unusable` with the reason why the phrase cannot be asked about."""
     try:
         place = (item["message"], item["start"], item["end"], item["image"])
-        picture, box, mask = pictures[item["image"]], item.get("box"), item.get("mask")
+        image, box, mask = images[item["image"]], item.get("box"), item.get("mask")
         # Some tools write a missing mask as one whose parts are missing.
         mask = None if mask == {"size": None, "counts": None} else mask
-        box = None if box is None else clipped_box(box, picture.width, picture.height)
+        box = None if box is None else clipped_box(box, image.width, image.height)
         validate_sample({**sample, "groundings": [grounding(*place, mask, box)]})
         prompt = Prompt(
             phrase=message_text(sample["messages"][item["message"]])[item["start"] : item["end"]],
@@ -263,30 +263,30 @@ def _words(sample: Row, item: Row) -> str:
         return ""
 
 
-def _upright(picture: Image.Image) -> Image.Image:
+def _upright(image: Image.Image) -> Image.Image:
     try:
-        return load_rgb(picture)
+        return load_rgb(image)
     except ValueError as error:
         raise Unusable("image cannot be read") from error
 
 
-def _stored(picture: Any) -> dict[str, Any]:
-    """A picture as storage has it, `{"bytes", "path"}`: its file, or where it has none a lossless new one."""
-    if picture is None:
+def _stored(image: Any) -> dict[str, Any]:
+    """An image as storage has it, `{"bytes", "path"}`: its file, or where it has none a lossless new one."""
+    if image is None:
         raise Unusable("image is missing")
-    if isinstance(picture, dict):
-        return picture
+    if isinstance(image, dict):
+        return image
     try:
         # datasets 4.0 knows paths as text alone.
-        return datasets.Image().encode_example(str(picture) if isinstance(picture, Path) else picture)
-    # Values of any type come here, and Pillow raises nearly anything for a picture it cannot write.
+        return datasets.Image().encode_example(str(image) if isinstance(image, Path) else image)
+    # Values of any type come here, and Pillow raises nearly anything for an image it cannot write.
     except Exception:
         raise Unusable("image cannot be read") from None
 
 
-def _embedded(picture: Any) -> dict[str, Any]:
+def _embedded(image: Any) -> dict[str, Any]:
     """The same with its bytes, so that the output needs no other file."""
-    stored = _stored(picture)
+    stored = _stored(image)
     path = stored.get("path") or None
     content = stored.get("bytes")
     if content is None:

@@ -38,7 +38,7 @@ class GroundSettings:
 
     Attributes:
         min_score: least score of a mask, 0 to 1.
-        min_area, max_area: least and largest share of the picture that a mask may cover; an empty one is never kept.
+        min_area, max_area: least and largest share of the image that a mask may cover; an empty one is never kept.
         shard_size: samples in a file. A killed run loses at most the files it was writing.
 
     Raises:
@@ -55,22 +55,22 @@ class GroundSettings:
             raise UserError(f"min_score: got {self.min_score}, expected 0 to 1.")
         if not 0 <= self.min_area < self.max_area <= 1:
             raise UserError(
-                f"min_area, max_area: got {self.min_area} and {self.max_area}, expected shares of the picture with "
+                f"min_area, max_area: got {self.min_area} and {self.max_area}, expected shares of the image with "
                 "0 <= min_area < max_area <= 1."
             )
         if self.shard_size < 1:
             raise UserError(f"shard_size: got {self.shard_size}, expected at least 1.")
 
     def objection(self, area: float, score: float) -> str | None:
-        """Why a mask that covers this share of its picture is not kept; None where it is."""
+        """Why a mask that covers this share of its image is not kept; None where it is."""
         if area == 0:
             return "its mask is empty"
         if not score >= self.min_score:
             return f"its score is below {self.min_score:g}"
         if area < self.min_area:
-            return f"its mask covers less than {self.min_area:g} of the picture"
+            return f"its mask covers less than {self.min_area:g} of the image"
         if area > self.max_area:
-            return f"its mask covers more than {self.max_area:g} of the picture"
+            return f"its mask covers more than {self.max_area:g} of the image"
         return None
 
 
@@ -116,7 +116,7 @@ def ground(
     Args:
         data: see `samples.Source`.
         output: folder of this run.
-        batch_size: pictures that are encoded at once.
+        batch_size: images that are encoded at once.
         fingerprint: names the content of `data` where reading it through to make one takes too long.
         progress: whether to show a bar.
 
@@ -232,7 +232,7 @@ def _make_shard(
 def _batches(
     rows: list[dict[str, Any]], first: int, batch_size: int, records: list[dict[str, Any]], bar: tqdm
 ) -> Iterator[list[Unit]]:
-    """Samples that together have at least `batch_size` pictures; those that cannot be used become records."""
+    """Samples that together have at least `batch_size` images; those that cannot be used become records."""
     units: list[Unit] = []
     for number, row in enumerate(rows, start=first):
         name = str(row["id"]) if row.get("id") is not None else str(number)
@@ -242,7 +242,7 @@ def _batches(
             detail = "" if error.__cause__ is None else str(error.__cause__)
             records.append(_record(name, None, reason=str(error), detail=detail))
         bar.update()
-        if sum(len(unit.pictures) for unit in units) >= batch_size:
+        if sum(len(unit.images) for unit in units) >= batch_size:
             yield units
             units = []
     if units:
@@ -261,16 +261,16 @@ def _ground_units(
             if reason := teacher.lacks(phrase.prompt):
                 unit.phrases.remove(phrase)
                 unit.refused.append(Refusal(phrase.number, phrase.prompt.phrase, reason))
-    pictures = [(unit, number) for unit in units for number in range(len(unit.pictures))]
-    asked = [[phrase for phrase in unit.phrases if phrase.item["image"] == number] for unit, number in pictures]
+    images = [(unit, number) for unit in units for number in range(len(unit.images))]
+    asked = [[phrase for phrase in unit.phrases if phrase.item["image"] == number] for unit, number in images]
     try:
         answers = teacher.ground(
-            [unit.pictures[number] for unit, number in pictures],
+            [unit.images[number] for unit, number in images],
             [[phrase.prompt for phrase in phrases] for phrases in asked],
         )
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"batch_size: {len(pictures)} pictures at once do not fit into the memory of the device, expected fewer, or a "
+            f"batch_size: {len(images)} images at once do not fit into the memory of the device, expected fewer, or a "
             "smaller dtype or model."
         ) from error
     found = {id(phrase): masks for phrases, own in zip(asked, answers) for phrase, masks in zip(phrases, own)}

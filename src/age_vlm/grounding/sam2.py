@@ -42,14 +42,14 @@ class Sam2Teacher(VisualTeacher):
             "resolution": self.processor.target_size,
         }
 
-    def _encode(self, pictures: list[Image.Image]) -> list[torch.Tensor]:
-        pixels = self.processor(images=pictures, return_tensors="pt")["pixel_values"]
+    def _encode(self, images: list[Image.Image]) -> list[torch.Tensor]:
+        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"]
         return self.model.get_image_embeddings(pixels.to(self.model.device, self.model.dtype))
 
     def _decode(
-        self, features: list[torch.Tensor], number: int, picture: Image.Image, prompts: list[Prompt]
+        self, features: list[torch.Tensor], number: int, image: Image.Image, prompts: list[Prompt]
     ) -> tuple[np.ndarray, np.ndarray]:
-        size = [picture.height, picture.width]
+        size = [image.height, image.width]
         told = {}
         if prompts[0].box is not None:
             told["input_boxes"] = [[[float(value) for value in prompt.box] for prompt in prompts]]

@@ -47,12 +47,12 @@ class Sam2PackageTeacher(VisualTeacher):
             return contextlib.nullcontext()
         return torch.autocast(self.predictor.device.type, self.dtype)
 
-    def _encode(self, pictures: list[Image.Image]) -> None:
+    def _encode(self, images: list[Image.Image]) -> None:
         with self._precision():
-            self.predictor.set_image_batch([np.array(picture) for picture in pictures])
+            self.predictor.set_image_batch([np.array(image) for image in images])
 
     def _decode(
-        self, features: None, number: int, picture: Image.Image, prompts: list[Prompt]
+        self, features: None, number: int, image: Image.Image, prompts: list[Prompt]
     ) -> tuple[np.ndarray, np.ndarray]:
         boxes = points = labels = None
         if prompts[0].box is not None:
@@ -68,9 +68,9 @@ class Sam2PackageTeacher(VisualTeacher):
 
 class _Predictor(SAM2ImagePredictor):
     def predict_one(self, number: int, points, labels, boxes, several: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Masks (prompts, proposals, height, width) and scores (prompts, proposals) of one picture of the batch.
+        """Masks (prompts, proposals, height, width) and scores (prompts, proposals) of one image of the batch.
 
-        `predict_batch` wants equally many prompts of every picture.
+        `predict_batch` wants equally many prompts of every image.
         """
         _, points, labels, boxes = self._prep_prompts(points, labels, boxes, None, True, img_idx=number)
         masks, scores, _ = self._predict(points, labels, boxes, multimask_output=several, img_idx=number)

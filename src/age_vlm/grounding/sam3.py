@@ -59,19 +59,19 @@ class Sam3Teacher(Teacher):
         return None if prompt.phrase.strip() else "it has no words"
 
     @torch.inference_mode()
-    def _ground(self, pictures: list[Image.Image], prompts: list[Sequence[Prompt]]) -> list[list[Masks]]:
-        pixels = self.processor(images=pictures, return_tensors="pt")["pixel_values"]
+    def _ground(self, images: list[Image.Image], prompts: list[Sequence[Prompt]]) -> list[list[Masks]]:
+        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"]
         features = self.model.get_vision_features(pixels.to(self.model.device, self.model.dtype))
         pairs = [(number, prompt) for number, asked in enumerate(prompts) for prompt in asked]
-        answers: list[list[Masks]] = [[] for _ in pictures]
+        answers: list[list[Masks]] = [[] for _ in images]
         for start in range(0, len(pairs), self.most_at_once):
             chunk = pairs[start : start + self.most_at_once]
             for (number, prompt), output in zip(chunk, self._detect(features, chunk)):
-                answers[number].append(self._found(output, pictures[number], prompt))
+                answers[number].append(self._found(output, images[number], prompt))
         return answers
 
     def _detect(self, features, pairs: list[tuple[int, Prompt]]) -> list:
-        """Outputs of the detector, one a pair of a picture's number and a prompt."""
+        """Outputs of the detector, one a pair of an image's number and a prompt."""
         numbers = torch.tensor([number for number, _ in pairs], device=self.model.device)
         # The processor itself pads, but does not cut what is longer than the text encoder reads.
         text = self.processor.tokenizer(
@@ -93,16 +93,16 @@ class Sam3Teacher(Teacher):
             type(output)(**{name: output[name][row : row + 1].float() for name in wanted}) for row in range(len(pairs))
         ]
 
-    def _found(self, output, picture: Image.Image, prompt: Prompt) -> Masks:
+    def _found(self, output, image: Image.Image, prompt: Prompt) -> Masks:
         best = (output.pred_logits.sigmoid() * output.presence_logits.sigmoid()).max().item()
         (found,) = self.processor.post_process_instance_segmentation(
             output,
             # Only what is above the threshold is kept.
             threshold=min(_LEAST_SCORE, best * (1 - 1e-6)),
-            target_sizes=[(picture.height, picture.width)],
+            target_sizes=[(image.height, image.width)],
         )
         # Without any found thing, they have the decoder's resolution.
-        masks = found["masks"].reshape(-1, picture.height, picture.width).bool().cpu().numpy()
+        masks = found["masks"].reshape(-1, image.height, image.width).bool().cpu().numpy()
         scores = found["scores"].cpu().numpy()
         if prompt.box is not None and len(masks):
             x0, y0, x1, y1 = (round(value) for value in prompt.box)

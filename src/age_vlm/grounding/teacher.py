@@ -45,14 +45,14 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a teacher is told of one phrase. Coordinates are pixels of the upright picture, from its upper left corner.
+    """What a teacher is told of one phrase. Coordinates are pixels of the upright image, from its upper left corner.
 
     Attributes:
         phrase: the words.
         box: x0, y0, x1, y1.
         points: (x, y) each.
         labels: for each point 1 where it lies on the thing meant, 0 where it does not; all 1 if left out.
-        mask: the mask that the data already has, of the picture's size.
+        mask: the mask that the data already has, of the image's size.
 
     Raises:
         UserError: a label for each point is not given, or is neither 0 nor 1.
@@ -76,7 +76,7 @@ class Masks:
     """What a teacher found for one phrase.
 
     Attributes:
-        masks: (found, height, width) bool at the resolution of the upright picture; there may be none.
+        masks: (found, height, width) bool at the resolution of the upright image; there may be none.
         scores: (found,) float32, how good the teacher takes each mask to be, 0 to 1.
     """
 
@@ -96,7 +96,7 @@ class Masks:
 
 
 class Teacher(ABC):
-    """Says where in a picture a phrase is."""
+    """Says where in an image a phrase is."""
 
     name: ClassVar[str]
     """Key of `TEACHERS`."""
@@ -109,78 +109,78 @@ class Teacher(ABC):
         """The teacher with the weights of a Hub repository or a local folder."""
 
     def identity(self) -> dict[str, str | int]:
-        """What decides the masks, apart from the picture and the prompt."""
+        """What decides the masks, apart from the image and the prompt."""
         return {"teacher": self.name}
 
     def lacks(self, prompt: Prompt) -> str | None:
         """The reason why this teacher cannot answer the prompt; None where it can."""
         return None
 
-    def ground(self, pictures: Sequence[Image.Image], prompts: Sequence[Sequence[Prompt]]) -> list[list[Masks]]:
-        """Masks for phrases of several pictures at once; each picture is encoded once, however many phrases it has.
+    def ground(self, images: Sequence[Image.Image], prompts: Sequence[Sequence[Prompt]]) -> list[list[Masks]]:
+        """Masks for phrases of several images at once; each image is encoded once, however many phrases it has.
 
         Args:
-            pictures: of any size and mode; the EXIF orientation is applied.
-            prompts: for each picture its prompts, none of which this teacher `lacks` anything for.
+            images: of any size and mode; the EXIF orientation is applied.
+            prompts: for each image its prompts, none of which this teacher `lacks` anything for.
 
         Returns:
-            For each picture, for each of its prompts what was found.
+            For each image, for each of its prompts what was found.
 
         Raises:
-            UserError: there are more or fewer lists of prompts than pictures, or a prompt cannot be answered.
+            UserError: there are more or fewer lists of prompts than images, or a prompt cannot be answered.
         """
-        if len(pictures) != len(prompts):
-            raise UserError(f"prompts: got {len(prompts)} lists for {len(pictures)} pictures, expected one for each.")
+        if len(images) != len(prompts):
+            raise UserError(f"prompts: got {len(prompts)} lists for {len(images)} images, expected one for each.")
         for prompt in (prompt for asked in prompts for prompt in asked):
             if reason := self.lacks(prompt):
                 raise UserError(f"prompts: {prompt.phrase!r} cannot be grounded by '{self.name}': {reason}.")
-        answers: list[list[Masks]] = [[] for _ in pictures]
+        answers: list[list[Masks]] = [[] for _ in images]
         asked = [number for number, own in enumerate(prompts) if own]
         if asked:
             with checkpoint_errors():
-                images = [load_rgb(pictures[number]) for number in asked]
+                images = [load_rgb(images[number]) for number in asked]
             found = self._ground(images, [prompts[number] for number in asked])
             for number, masks in zip(asked, found):
                 answers[number] = masks
         return answers
 
     @abstractmethod
-    def _ground(self, pictures: list[Image.Image], prompts: list[Sequence[Prompt]]) -> list[list[Masks]]:
-        """As `ground`, for RGB pictures of which each has a prompt."""
+    def _ground(self, images: list[Image.Image], prompts: list[Sequence[Prompt]]) -> list[list[Masks]]:
+        """As `ground`, for RGB images of which each has a prompt."""
 
 
 class VisualTeacher(Teacher):
     """A teacher that is told the place, by a box, by points, or by both, and gives the one mask it takes to be best."""
 
-    # At the resolution of the picture, a mask of a photograph takes some 50 MB while it is made.
+    # At the resolution of the image, a mask of a photograph takes some 50 MB while it is made.
     most_at_once = 16
 
     def lacks(self, prompt: Prompt) -> str | None:
         return None if prompt.box is not None or prompt.points else "there is neither a box nor a point for it"
 
     @torch.inference_mode()
-    def _ground(self, pictures: list[Image.Image], prompts: list[Sequence[Prompt]]) -> list[list[Masks]]:
-        features = self._encode(pictures)
+    def _ground(self, images: list[Image.Image], prompts: list[Sequence[Prompt]]) -> list[list[Masks]]:
+        features = self._encode(images)
         answers = []
         for number, asked in enumerate(prompts):
             found: dict[int, Masks] = {}
             for alike in _alike(asked, self.most_at_once):
-                masks, scores = self._decode(features, number, pictures[number], [asked[place] for place in alike])
+                masks, scores = self._decode(features, number, images[number], [asked[place] for place in alike])
                 for row, place in enumerate(alike):
                     found[place] = Masks(masks[row : row + 1], scores[row : row + 1])
             answers.append([found[place] for place in range(len(asked))])
         return answers
 
     @abstractmethod
-    def _encode(self, pictures: list[Image.Image]) -> Any:
-        """Features of all pictures, in one pass of the image encoder."""
+    def _encode(self, images: list[Image.Image]) -> Any:
+        """Features of all images, in one pass of the image encoder."""
 
     @abstractmethod
     def _decode(
-        self, features: Any, number: int, picture: Image.Image, prompts: list[Prompt]
+        self, features: Any, number: int, image: Image.Image, prompts: list[Prompt]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Masks (prompts, height, width) bool and scores (prompts,) of prompts with equally many points, and all or none
-        of them with a box, about picture `number`."""
+        of them with a box, about image `number`."""
 
 
 def is_ambiguous(prompt: Prompt) -> bool:

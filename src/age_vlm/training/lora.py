@@ -24,7 +24,7 @@ LORA_TARGETS: dict[str, str] = {
 cross-attention and in many a vision encoder. No pattern adapts the vision encoder."""
 
 GATES = ("attn_gate", "mlp_gate")
-"""For `modules_to_save`: how much of the pictures comes in, one number a branch of each cross-attention block."""
+"""For `modules_to_save`: how much of the images comes in, one number a branch of each cross-attention block."""
 
 
 def lora_config(
@@ -42,7 +42,7 @@ def lora_config(
 
     Args:
         target: `cross_attention`, `language_model` or `both`, see `LORA_TARGETS`. With the cross-attention alone, answers
-            to texts without a picture stay those of the base model, bit for bit.
+            to texts without an image stay those of the base model, bit for bit.
         alpha: the adapters count `alpha / rank`; twice the rank when left out.
         gates: whether the gates are trained, whole, and saved with the adapter.
         modules_to_save: what else is trained and saved whole, `multi_modal_projector` for example.

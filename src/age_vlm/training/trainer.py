@@ -32,13 +32,13 @@ _NOT_DECAYED = re.compile(r"(^|\.)(attn|mlp)_gate\.|(^|[._])(gamma|lambda|layer_
 
 
 def _keep_batches_whole(args: TrainingArguments) -> None:
-    """Pictures and masks of a batch are not one a row: what would cut up its tensors by rows is turned off."""
+    """Images and masks of a batch are not one a row: what would cut up its tensors by rows is turned off."""
     # On several GPUs a process without others would cut them with `DataParallel`.
     keep_to_one_gpu(args)
     # By default one process reads streams for all. Without, each reads the stream and takes its own batches.
     if args.accelerator_config.dispatch_batches:
         raise UserError(
-            "args.accelerator_config: got dispatch_batches=True, expected False: it cuts batches by rows, which pictures and "
+            "args.accelerator_config: got dispatch_batches=True, expected False: it cuts batches by rows, which images and "
             "masks are not in."
         )
     args.accelerator_config.dispatch_batches = False
@@ -91,7 +91,7 @@ class AgeVlmTrainer(Trainer):
         shared = getattr(self.accelerator, "parallelism_config", None)
         if any(getattr(shared, f"{kind}_size", 1) > 1 for kind in ("cp", "sp")):
             raise UserError(
-                "args.parallelism_config: got context or sequence parallelism, expected none: pictures and masks are of "
+                "args.parallelism_config: got context or sequence parallelism, expected none: images and masks are of "
                 "positions in the whole text."
             )
         if self.args.remove_unused_columns:

@@ -1,4 +1,4 @@
-"""Pretraining of a vision encoder that starts from random weights, as a classifier of single pictures.
+"""Pretraining of a vision encoder that starts from random weights, as a classifier of single images.
 
 A vision encoder from scratch does not learn from hard scenes within a small budget; a warm one does. No mask and no
 position is shown to it: whatever points at objects later has learned that elsewhere.
@@ -16,7 +16,7 @@ from .distributed import keep_to_one_gpu
 
 
 class VisionClassifier(nn.Module):
-    """A vision encoder with a linear classifier on every cell of its map; the picture's score is a soft maximum of theirs,
+    """A vision encoder with a linear classifier on every cell of its map; the image's score is a soft maximum of theirs,
     so that cells learn to name what they hold and the background need not (multiple-instance learning)."""
 
     def __init__(self, vision_tower: nn.Module, labels: int):
@@ -37,7 +37,7 @@ class VisionClassifier(nn.Module):
 def warm_start(
     vision_tower: nn.Module,
     image_processor,
-    pictures: Dataset,
+    images: Dataset,
     labels: int,
     *,
     steps: int,
@@ -50,12 +50,12 @@ def warm_start(
     """Trains `vision_tower` in place; returns the loss of the last tenth of the steps.
 
     Args:
-        pictures: samples `{"image": PIL image, "label": int}`, all of one size, which need not be the model's own.
+        images: samples `{"image": PIL image, "label": int}`, all of one size, which need not be the model's own.
         labels: number of classes.
         folder: for the trainer's own use; nothing is kept there.
     """
-    samples = [pictures[index] for index in range(min(len(pictures), steps * batch_size))]
-    # Prepared once: the same pictures are seen in several epochs, and drawing them costs more than learning from them.
+    samples = [images[index] for index in range(min(len(images), steps * batch_size))]
+    # Prepared once: the same images are seen in several epochs, and drawing them costs more than learning from them.
     prepared = image_processor(images=[sample["image"] for sample in samples], do_resize=False, return_tensors="pt")
     tensors = [
         {"pixel_values": pixels, "labels": torch.tensor(sample["label"])}

@@ -146,7 +146,7 @@ def test_frozen_parts_cost_no_backward_pass_below_what_learns(make_recipe):
     later = figures(make_recipe({"vision": "frozen"}))
     head = figures(make_recipe({"vision": "frozen", "projector": "frozen", "language_model": "frozen"}))
     assert every.forward == later.forward == head.forward
-    # Both gradients of each of the encoder's products, but for that of the pictures.
+    # Both gradients of each of the encoder's products, but for that of the images.
     assert every.backward - later.backward > 1.5 * every.forward["vision"]
     assert head.backward < later.backward
     assert later.peaks["one"].get("vision", 0) < 0.1 * every.peaks["one"]["vision"]

@@ -11,7 +11,7 @@ from age_vlm.data.schema import FEATURES, assistant_message, user_message
 
 @pytest.fixture
 def recipe_of(make_recipe, tmp_path):
-    """Numbers of pictures and of words of each sample -> a recipe that trains on such samples."""
+    """Numbers of images and of words of each sample -> a recipe that trains on such samples."""
 
     def make(*samples, **sections):
         rows = [
@@ -29,15 +29,15 @@ def recipe_of(make_recipe, tmp_path):
     return make
 
 
-def test_a_picture_is_longer_than_a_few_words(recipe_of):
-    """Its tokens count: the longest of texts alone would have no picture to plan the vision encoder's memory with."""
+def test_a_image_is_longer_than_a_few_words(recipe_of):
+    """Its tokens count: the longest of texts alone would have no image to plan the vision encoder's memory with."""
     planned = PlannedModel(recipe_of((0, 30), (1, 4), (2, 3), (0, 20)))
     assert planned.image_tokens > 30
     assert len(planned.batch(1)["pixel_values"]) == 2 and len(planned.batch(2)["pixel_values"]) == 3
     assert "4 samples" in planned.source_of_text
 
 
-def test_a_step_without_pictures(recipe_of):
+def test_a_step_without_images(recipe_of):
     recipe = recipe_of((0, 8), (0, 9))
     batch = PlannedModel(recipe).batch(1)
     assert "pixel_values" not in batch

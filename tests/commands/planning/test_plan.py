@@ -146,7 +146,7 @@ def test_a_folder_of_stages_whose_data_are_not_named_yet(capsys, stages, tmp_pat
     arguments = ["plan", stages, "--length", "16", "--devices", "2", "--memory", "24GiB", "--json", "plan.json"]
     assert main([*arguments, "two:training.batch_size=3"]) == 0
     printed = capsys.readouterr().out
-    assert "2 devices of 25.8 GB" in printed and "texts of 16 tokens with one picture (given)" in printed
+    assert "2 devices of 25.8 GB" in printed and "texts of 16 tokens with one image (given)" in printed
     assert "training.batch" not in printed
     made = json.loads((tmp_path / "plan.json").read_text())
     assert list(made) == ["one", "two"]

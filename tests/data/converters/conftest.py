@@ -12,7 +12,7 @@ from age_vlm.data.schema import message_text, validate_sample
 
 @pytest.fixture(scope="session")
 def photograph():
-    """(path, width, height, options of `save`) -> writes a picture of noise there and returns its pixels."""
+    """(path, width, height, options of `save`) -> writes an image of noise there and returns its pixels."""
 
     def write(path, width=40, height=30, **options):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ def check(collator):
             masked = [item for item in sample["groundings"] if item["mask"] is not None]
             batch = collator([{**sample, "groundings": masked}])
             assert (batch["labels"] != -100).any()
-            # Each phrase of one picture is aligned, unless its mask is smaller than what the grid resolves.
+            # Each phrase of one image is aligned, unless its mask is smaller than what the grid resolves.
             assert len(batch.get("grounding_queries", ())) == len(masked)
             if len(masked) < len(sample["groundings"]):
                 with pytest.raises(ValueError, match="age-vlm ground"):

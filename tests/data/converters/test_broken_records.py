@@ -14,7 +14,7 @@ from age_vlm.data.schema import validate_sample
 
 
 SIZE = {"width": 40, "height": 30}
-PICTURE = {"id": 1, "file_name": "1.jpg", **SIZE}
+IMAGE = {"id": 1, "file_name": "1.jpg", **SIZE}
 SQUARE = [2, 2, 20, 2, 20, 20]
 RLE = {"size": [30, 40], "counts": [100, 50, 1050]}
 SENTENCE = {"tokens": ["a", "dog"], "raw": "A dog", "sent_id": 0, "sent": "a dog"}
@@ -25,12 +25,12 @@ SEGMENT = {"id": 0, "category_id": 18, "iscrowd": 0}
 
 def instances(segmentation):
     annotation = {"id": 1, "image_id": 1, "category_id": 18, "segmentation": segmentation, "iscrowd": 0}
-    return {"images": [PICTURE], "annotations": [annotation], "categories": [DOG]}
+    return {"images": [IMAGE], "annotations": [annotation], "categories": [DOG]}
 
 
-CAPTIONS = {"images": [PICTURE], "annotations": [{"id": 1, "image_id": 1, "caption": "a dog"}]}
+CAPTIONS = {"images": [IMAGE], "annotations": [{"id": 1, "image_id": 1, "caption": "a dog"}]}
 PANOPTIC = {
-    "images": [PICTURE],
+    "images": [IMAGE],
     "annotations": [{"image_id": 1, "file_name": "1.png", "segments_info": [SEGMENT]}],
     "categories": [DOG],
 }

@@ -21,19 +21,19 @@ def turn(user, assistant, source="AI2D"):
 
 
 @pytest.fixture
-def pictures(tmp_path, photograph):
+def images(tmp_path, photograph):
     photograph(tmp_path / "a.jpg")
     photograph(tmp_path / "b.png", 20, 50)
     return [{"bytes": (tmp_path / name).read_bytes(), "path": name} for name in ("a.jpg", "b.png")]
 
 
-def test_rows_become_chats(tmp_path, pictures, check, said):
+def test_rows_become_chats(tmp_path, images, check, said):
     rows = [
         {
-            "images": pictures[:1],
+            "images": images[:1],
             "texts": [turn("Question: what?\nAnswer with the letter.", "Answer: B"), turn("Why?", "Because.")],
         },
-        {"images": pictures, "texts": [turn("Which differs?", "The second.")]},
+        {"images": images, "texts": [turn("Which differs?", "The second.")]},
         {"images": None, "texts": [turn("Hi", "Hello")]},
     ]
     path = tmp_path / "ai2d/train-00000-of-00001.parquet"
@@ -43,13 +43,13 @@ def test_rows_become_chats(tmp_path, pictures, check, said):
     assert message_text(one["messages"][0]) == "Question: what?\nAnswer with the letter."
     assert said(one) == ["Answer: B", "Because."]
     assert [len(sample["images"]) for sample in (one, two, none)] == [1, 2, 0]
-    assert one["images"][0].encoded == pictures[0]["bytes"]
+    assert one["images"][0].encoded == images[0]["bytes"]
     assert len({sample["id"] for sample in (one, two, none)}) == 3
 
 
-def test_finevision_with_ratings(pictures, check):
+def test_finevision_with_ratings(images, check):
     row = {
-        "images": pictures,
+        "images": images,
         "texts": [{"user": "<image>\n<image>\nsame?", "assistant": "no"}],
         "source": "nlvr2",
         "relevance_ratings": [5],
@@ -60,17 +60,17 @@ def test_finevision_with_ratings(pictures, check):
     assert len(sample["images"]) == 2 and message_text(sample["messages"][0]) == "same?"
 
 
-def test_broken_rows_are_left_out_and_counted(tmp_path, pictures, check):
-    cut = {"bytes": pictures[0]["bytes"][:400], "path": "a.jpg"}
+def test_broken_rows_are_left_out_and_counted(tmp_path, images, check):
+    cut = {"bytes": images[0]["bytes"][:400], "path": "a.jpg"}
     good = [turn("what?", "a dog")]
     rows = [
         {"images": [cut], "texts": good},
         {"images": [{"bytes": None, "path": None}], "texts": good},
-        {"images": pictures[:1], "texts": [turn("what?", "")]},
-        {"images": pictures[:1], "texts": [turn(None, "a")]},
-        {"images": pictures[:1], "texts": []},
-        {"images": pictures[:1], "texts": None},
-        {"images": pictures[:1], "texts": good},
+        {"images": images[:1], "texts": [turn("what?", "")]},
+        {"images": images[:1], "texts": [turn(None, "a")]},
+        {"images": images[:1], "texts": []},
+        {"images": images[:1], "texts": None},
+        {"images": images[:1], "texts": good},
     ]
     left_out = LeftOut()
     assert len(check(cauldron(Dataset.from_list(rows, features=FEATURES), left_out=left_out))) == 1
@@ -84,15 +84,15 @@ def test_broken_rows_are_left_out_and_counted(tmp_path, pictures, check):
     }
 
 
-def test_what_is_half_understood_is_never_a_chat_without_its_picture(pictures):
+def test_what_is_half_understood_is_never_a_chat_without_its_image(images):
     good = [{"user": "what?", "assistant": "a dog"}]
     for row, reason in (
-        ({"image": pictures[0], "texts": good}, "media under a key that is not read: image"),
-        ({"images": pictures[0], "texts": good}, "images are no list"),
+        ({"image": images[0], "texts": good}, "media under a key that is not read: image"),
+        ({"images": images[0], "texts": good}, "images are no list"),
         ({"images": [], "videos": ["a.mp4"], "texts": good}, "media under a key that is not read: videos"),
         ({"images": [], "texts": [good[0] | {"image": "a.jpg"}]}, "media under a key that is not read: image"),
-        ({"images": [], "texts": [{"user": "what?", "assistant": "<image>"}]}, "text marks a picture or other media"),
-        ({"images": pictures, "texts": [{"user": "<image> what?", "assistant": "a"}]}, "places for images"),
+        ({"images": [], "texts": [{"user": "what?", "assistant": "<image>"}]}, "text marks an image or other media"),
+        ({"images": images, "texts": [{"user": "<image> what?", "assistant": "a"}]}, "places for images"),
     ):
         left_out = LeftOut()
         assert list(cauldron(Dataset.from_list([row]), left_out=left_out)) == []

@@ -7,11 +7,11 @@ from age_vlm.data.schema import message_text, validate_sample
 
 
 def outline(messages):
-    """Of each message its role, and its parts with `#` for a picture."""
+    """Of each message its role, and its parts with `#` for an image."""
     return [(item["role"], [part["text"] or "#" for part in item["content"]]) for item in messages]
 
 
-def test_a_single_picture_stands_before_its_text():
+def test_a_single_image_stands_before_its_text():
     for text in ("<image>\nwhat?", "what?\n<image>", "what?"):
         assert outline(chat([("user", text), ("assistant", " a dog ")], 1)) == [
             ("user", ["#", "what?"]),
@@ -21,7 +21,7 @@ def test_a_single_picture_stands_before_its_text():
     assert outline(chat([("user", "<image>\n"), ("assistant", "x")], 1))[0] == ("user", ["#"])
 
 
-def test_several_pictures_stay_where_they_are():
+def test_several_images_stay_where_they_are():
     turns = [("user", "first: <image>\nsecond: <image>\nsame?"), ("assistant", "no")]
     assert outline(chat(turns, 2))[0] == ("user", ["first: ", "#", "second: ", "#", "same?"])
     turns = [("user", "<image>\na?"), ("assistant", "b"), ("user", "<image>\nc?"), ("assistant", "d")]
@@ -44,7 +44,7 @@ def test_a_system_message_stays_and_an_answer_without_question_goes():
 
 
 @pytest.mark.parametrize(
-    ("turns", "pictures", "reason"),
+    ("turns", "images", "reason"),
     [
         ([("user", "a?"), ("assistant", " \n")], 0, "text is empty"),
         ([("user", " "), ("assistant", "a")], 0, "text is empty"),
@@ -61,15 +61,15 @@ def test_a_system_message_stays_and_an_answer_without_question_goes():
         ([("assistant", "<image>"), ("user", "a?"), ("assistant", "a")], 1, "where none belongs"),
     ],
 )
-def test_what_is_no_chat_is_unusable(turns, pictures, reason):
+def test_what_is_no_chat_is_unusable(turns, images, reason):
     with pytest.raises(Unusable, match=reason):
-        chat(turns, pictures)
+        chat(turns, images)
 
 
 def test_statements_answer_one_request():
-    picture = Image.new("RGB", (8, 6))
+    image = Image.new("RGB", (8, 6))
     said = [("a dog", [(2, 5, None, [0, 0, 4, 4])]), ("grass", [])]
-    sample = statements("one", picture, "what?", said)
+    sample = statements("one", image, "what?", said)
     validate_sample(sample)
     assert outline(sample["messages"]) == [
         ("user", ["#", "what?"]),
@@ -80,7 +80,7 @@ def test_statements_answer_one_request():
     (item,) = sample["groundings"]
     assert message_text(sample["messages"][item["message"]])[item["start"] : item["end"]] == "dog"
     with pytest.raises(Unusable, match="no text"):
-        statements("one", picture, "what?", [])
+        statements("one", image, "what?", [])
 
 
 def test_a_line_is_text_without_needless_blanks():
@@ -101,10 +101,10 @@ def test_a_marker_that_was_not_understood_is_unusable(marker, role):
     if understood:
         chat(turns, 1)
     else:
-        for pictures in (0, 1):
-            with pytest.raises(Unusable, match="marks a picture or other media where none belongs"):
-                chat(turns, pictures)
-    with pytest.raises(Unusable, match="marks a picture"):
+        for images in (0, 1):
+            with pytest.raises(Unusable, match="marks an image or other media where none belongs"):
+                chat(turns, images)
+    with pytest.raises(Unusable, match="marks an image"):
         line(f"a dog {marker}")
     assert line("an <imaginary> dog, <b>bold</b>, [img.png]")
 

@@ -146,7 +146,7 @@ def test_panoptic_segments_ground_what_instances_do_not_know(folder, check, phra
 
 
 def test_captions_alone_and_some_of_them(folder, check, said):
-    samples = check(coco(folder / "val2017", **paths(folder), per_picture=1, request="what is this?"))
+    samples = check(coco(folder / "val2017", **paths(folder), per_image=1, request="what is this?"))
     assert [said(sample) for sample in samples] == [["Two dogs next to a woman."], ["A man walks his puppy."]]
     assert not samples[0]["groundings"] and message_text(samples[0]["messages"][0]) == "what is this?"
     # The folder above, and the names of 2014, will do.
@@ -165,7 +165,7 @@ def test_broken_records_are_left_out_and_counted(tmp_path, photograph, check, ph
     ]
     captions = [*CAPTIONS, caption(41, 139, " \n"), {"id": 42, "image_id": 139}]
     folder = write(tmp_path, photograph, instances, captions)
-    (folder / "val2017/000000000285.jpg").write_bytes(b"\xff\xd8 no picture")
+    (folder / "val2017/000000000285.jpg").write_bytes(b"\xff\xd8 no image")
     (folder / "panoptic_val2017/000000000139.png").unlink()
     left_out = LeftOut()
     (sample,) = check(coco(folder / "val2017", **paths(folder, "instances", "panoptic"), left_out=left_out))

@@ -73,7 +73,7 @@ def test_boxes_survive_storage_and_wait_for_masks(tmp_path, regions):
         assert item["mask"] is None and item["box"] == [1, 2, 4, 6.5]
 
 
-def test_pictures_inside_a_table_keep_their_bytes(tmp_path, llava_files):
+def test_images_inside_a_table_keep_their_bytes(tmp_path, llava_files):
     encoded = (llava_files["images"] / "1.jpg").read_bytes()
     features = Features({"images": [Image()], "texts": [{"user": Value("string"), "assistant": Value("string")}]})
     row = {"images": [{"bytes": encoded, "path": "1.jpg"}], "texts": [{"user": "what?", "assistant": "a dog"}]}
@@ -156,7 +156,7 @@ def test_nothing_usable_is_an_error(tmp_path, llava_files):
     [
         ("imagenet", {}, "name must be one of .*'visual_genome'.*, got 'imagenet'"),
         ("llava", {}, "arguments of 'llava' are .'conversations'. .*'conversations' is missing"),
-        ("llava", {"conversations": "a.json", "picture": "b"}, "'picture' is none of them"),
+        ("llava", {"conversations": "a.json", "image": "b"}, "'image' is none of them"),
         ("llava", {"conversations": "a.json", "left_out": None}, "'left_out' is none of them"),
         ("llava", {"conversations": "nowhere.json"}, "conversations must be a file, got 'nowhere.json'"),
         (
@@ -182,8 +182,8 @@ def test_all_converters_take_parts_and_count():
 @pytest.fixture
 def coco_files(tmp_path, photograph):
     pictures = [{"id": n, "file_name": f"{n}.jpg", "width": 32 + n, "height": 30} for n in range(4)]
-    for picture in pictures:
-        photograph(tmp_path / "coco" / picture["file_name"], picture["width"], picture["height"])
+    for image in pictures:
+        photograph(tmp_path / "coco" / image["file_name"], image["width"], image["height"])
     captions = [{"id": n, "image_id": n, "caption": "a dog"} for n in range(4)]
     things = [
         {"id": n, "image_id": n, "category_id": 18, "segmentation": [[2, 2, 26, 2, 26, 20, 2, 20]], "iscrowd": 0}
@@ -242,7 +242,7 @@ def test_a_file_rewritten_in_place_is_seen(tmp_path, llava_files):
     first = convert("llava", **arguments)
     images = llava_files["images"]
     # The time of a folder says nothing of what is in its files.
-    rewritten(images / "1.jpg", b"no picture")
+    rewritten(images / "1.jpg", b"no image")
     with pytest.warns(UserWarning, match="image cannot be read: 1"):
         assert len(convert("llava", **arguments)) == len(first) - 1
     rewritten(images / "1.jpg", (images / "2.jpg").read_bytes())
@@ -252,11 +252,11 @@ def test_a_file_rewritten_in_place_is_seen(tmp_path, llava_files):
 def test_segments_that_nobody_named_are_seen(tmp_path, photograph):
     size = {"width": 40, "height": 30}
     photograph(tmp_path / "images/1.jpg", **size)
-    picture = {"id": 1, "file_name": "1.jpg", **size}
-    captions = {"images": [picture], "annotations": [{"id": 1, "image_id": 1, "caption": "a dog"}]}
+    image = {"id": 1, "file_name": "1.jpg", **size}
+    captions = {"images": [image], "annotations": [{"id": 1, "image_id": 1, "caption": "a dog"}]}
     segments = [{"id": 7, "category_id": 1}]
     panoptic = {
-        "images": [picture],
+        "images": [image],
         "annotations": [{"image_id": 1, "file_name": "1.png", "segments_info": segments}],
         "categories": [{"id": 1, "name": "dog"}],
     }
@@ -285,6 +285,6 @@ def test_files_outside_are_converted_each_time(tmp_path, llava_files):
     with pytest.raises(ValueError, match="nothing could be used, 1 left out; image lies outside of its folder"):
         convert("llava", **arguments)
     assert len(convert("llava", allow_outside=True, **arguments)) == 1
-    outside.write_bytes(b"no picture")
+    outside.write_bytes(b"no image")
     with pytest.raises(ValueError, match="image cannot be read"):
         convert("llava", allow_outside=True, **arguments)

@@ -91,9 +91,9 @@ def test_phrases_have_the_boxes_of_their_chain(folders, check, said, phrase):
     assert all(item["mask"] is None for item in sample["groundings"])
 
 
-def test_some_pictures_and_captions(folders, tmp_path, said):
+def test_some_images_and_captions(folders, tmp_path, said):
     (tmp_path / "train.txt").write_text("10002456\n")
-    (sample,) = flickr30k_entities(*folders, tmp_path / "train.txt", per_picture=1)
+    (sample,) = flickr30k_entities(*folders, tmp_path / "train.txt", per_image=1)
     assert sample["id"] == "flickr30k/10002456" and len(said(sample)) == 1
     assert [s["id"] for s in flickr30k_entities(*folders, part=(0, 2))] == ["flickr30k/1000092795"]
     with pytest.raises(ValueError, match="ids must be a file, got 'nowhere'"):

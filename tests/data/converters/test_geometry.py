@@ -111,7 +111,7 @@ def test_what_gives_no_mask_is_unusable(segmentation, reason):
 
 @given(SIDES, SIDES, st.lists(st.floats(-100, 100), min_size=4, max_size=4))
 @settings(max_examples=50)
-def test_a_box_is_cut_to_the_picture(width, height, box):
+def test_a_box_is_cut_to_the_image(width, height, box):
     try:
         x0, y0, x1, y1 = clipped_box(box, width, height)
     except Unusable:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from age_vlm.data.converters.images import ImageFolder, open_named, open_picture, require_size, stored_picture
+from age_vlm.data.converters.images import ImageFolder, open_image, open_named, require_size, stored_image
 from age_vlm.data.rejects import Unusable
 
 
@@ -20,38 +20,38 @@ def encoded(format="JPEG", size=(24, 16)):
 def test_a_file_is_stored_as_its_path_and_bytes_as_they_are(tmp_path, monkeypatch):
     (tmp_path / "a.jpg").write_bytes(encoded())
     monkeypatch.chdir(tmp_path)
-    picture = open_picture("a.jpg")
-    assert stored_picture(picture) == {"path": str(tmp_path / "a.jpg"), "bytes": None}
-    assert stored_picture(open_picture({"bytes": None, "path": "a.jpg"})) == stored_picture(picture)
-    inside = open_picture({"bytes": encoded(), "path": "of another machine.jpg"})
-    assert stored_picture(inside) == {"path": None, "bytes": encoded()}
-    assert np.array_equal(np.asarray(inside), np.asarray(picture))
+    image = open_image("a.jpg")
+    assert stored_image(image) == {"path": str(tmp_path / "a.jpg"), "bytes": None}
+    assert stored_image(open_image({"bytes": None, "path": "a.jpg"})) == stored_image(image)
+    inside = open_image({"bytes": encoded(), "path": "of another machine.jpg"})
+    assert stored_image(inside) == {"path": None, "bytes": encoded()}
+    assert np.array_equal(np.asarray(inside), np.asarray(image))
     drawn = Image.new("RGB", (3, 3))
-    assert stored_picture(drawn) is drawn
+    assert stored_image(drawn) is drawn
 
 
 @pytest.mark.parametrize("source", ["nowhere.jpg", {"bytes": None, "path": None}, {"bytes": None, "path": "nowhere"}])
-def test_a_missing_picture_is_unusable(source):
+def test_a_missing_image_is_unusable(source):
     with pytest.raises(Unusable, match="missing"):
-        open_picture(source)
+        open_image(source)
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"])
-def test_a_cut_off_picture_is_unusable(format):
+def test_a_cut_off_image_is_unusable(format):
     data = encoded(format, (64, 64))
-    open_picture({"bytes": data})
+    open_image({"bytes": data})
     with pytest.raises(Unusable, match="cannot be read"):
-        open_picture({"bytes": data[: len(data) // 2]})
+        open_image({"bytes": data[: len(data) // 2]})
 
 
 @given(st.sampled_from(["JPEG", "PNG", "GIF", "TIFF"]), st.data())
 @settings(max_examples=30, deadline=None)
-def test_a_damaged_picture_opens_or_is_unusable(format, data):
+def test_a_damaged_image_opens_or_is_unusable(format, data):
     damaged = bytearray(encoded(format))
     for _ in range(data.draw(st.integers(1, 6))):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
     try:
-        open_picture({"bytes": bytes(damaged)}).convert("RGB")
+        open_image({"bytes": bytes(damaged)}).convert("RGB")
     except Unusable as error:
         assert str(error) == "image cannot be read"
 
@@ -81,7 +81,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize("name", ["in/a.jpg", "./in/a.jpg", "in/../in/a.jpg", "in.jpg"])
 def test_what_lies_inside_is_found(folder, name):
     for given_folder in (folder, folder.parent / "alias"):
-        assert open_picture(ImageFolder(given_folder, "images").find([name])).size == (24, 16)
+        assert open_image(ImageFolder(given_folder, "images").find([name])).size == (24, 16)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_urls_are_refused(folder, name, allow_outside):
         ImageFolder(folder, "images", allow_outside).find([name])
 
 
-def test_a_picture_of_a_record_is_in_the_folder_or_in_the_record(folder):
+def test_a_image_of_a_record_is_in_the_folder_or_in_the_record(folder):
     inside = ImageFolder(folder, "images")
     for source in ("in/a.jpg", {"path": "in/a.jpg"}, {"bytes": encoded(), "path": "/nowhere/x.jpg"}):
         assert open_named(source, inside).size == (24, 16)
@@ -121,10 +121,10 @@ def test_a_picture_of_a_record_is_in_the_folder_or_in_the_record(folder):
             open_named(source, inside)
 
 
-def test_sizes_are_those_of_the_upright_picture():
-    picture = Image.new("RGB", (8, 6))
-    require_size(picture, 8, 6)
-    picture.getexif()[0x0112] = 6
-    require_size(picture, 6, 8)
+def test_sizes_are_those_of_the_upright_image():
+    image = Image.new("RGB", (8, 6))
+    require_size(image, 8, 6)
+    image.getexif()[0x0112] = 6
+    require_size(image, 6, 8)
     with pytest.raises(Unusable, match="size"):
-        require_size(picture, 8, 6)
+        require_size(image, 8, 6)

@@ -116,7 +116,7 @@ def test_parts_make_the_whole(tmp_path, images):
     assert ids == [["0/0", "2/2", "4/4"], ["1/1", "3/3"]]
 
 
-def test_a_table_with_pictures_inside(tmp_path, images, check):
+def test_a_table_with_images_inside(tmp_path, images, check):
     turns = [{"from": Value("string"), "value": Value("string")}]
     features = Features(
         {"id": Value("string"), "conversations": turns, "data_source": Value("string"), "image": Image()}
@@ -125,8 +125,8 @@ def test_a_table_with_pictures_inside(tmp_path, images, check):
     rows = [INSTRUCT | {"image": {"bytes": encoded, "path": "33471.jpg"}}, TEXT_ONLY | {"model": None, "image": None}]
     rows = [{key: row.get(key) for key in features} for row in rows]
     Dataset.from_list(rows, features=features).to_parquet(tmp_path / "train-00000-of-00001.parquet")
-    with_picture, without = check(llava(tmp_path))
-    assert with_picture["images"][0].encoded == encoded
+    with_image, without = check(llava(tmp_path))
+    assert with_image["images"][0].encoded == encoded
     assert without["images"] == []
 
 
@@ -140,7 +140,7 @@ def test_missing_files_are_named(tmp_path, images):
     assert left_out.counts == {"image is a path, and no folder of images was given": 1}
 
 
-def test_what_is_half_understood_is_never_a_chat_without_its_picture(tmp_path, images):
+def test_what_is_half_understood_is_never_a_chat_without_its_image(tmp_path, images):
     turns = [human("what?"), gpt("a dog")]
     broken = [
         {"id": "1", "images": ["a.png"], "conversations": turns},
@@ -160,5 +160,5 @@ def test_what_is_half_understood_is_never_a_chat_without_its_picture(tmp_path, i
         "media under a key that is not read: audio": 1,
         "media under a key that is not read: image": 1,
         "places for images (<image>) are not as many as the images": 2,
-        "text marks a picture or other media where none belongs": 2,
+        "text marks an image or other media where none belongs": 2,
     }

@@ -1,4 +1,4 @@
-"""No converter opens a picture outside of the folder it was given, unless it is told to."""
+"""No converter opens an image outside of the folder it was given, unless it is told to."""
 
 import json
 import os
@@ -29,15 +29,15 @@ def place(tmp_path, photograph):
 
 def files(place, name, file):
     """Files of a converter whose only record shows `file`."""
-    picture = {"id": 1, "file_name": file, **SIZE}
+    image = {"id": 1, "file_name": file, **SIZE}
     annotation = {"id": 5, "image_id": 1, "category_id": 18, "segmentation": SQUARE}
-    instances = {"images": [picture], "annotations": [annotation], "categories": [{"id": 18, "name": "dog"}]}
+    instances = {"images": [image], "annotations": [annotation], "categories": [{"id": 18, "name": "dog"}]}
     ref = {"ref_id": 3, "ann_id": 5, "image_id": 1, "split": "train", "sentences": [{"sent": "a dog"}]}
     contents = {
         "llava": {"conversations": [{"id": 1, "image": file, "conversations": TURNS}]},
-        "coco": {"captions": {"images": [picture], "annotations": [{"id": 1, "image_id": 1, "caption": "a dog"}]}},
+        "coco": {"captions": {"images": [image], "annotations": [{"id": 1, "image_id": 1, "caption": "a dog"}]}},
         "refcoco": {"refs": [ref], "instances": instances},
-        "refcoco_hub": {"data": [ref | {"raw_anns": json.dumps(annotation), "raw_image_info": json.dumps(picture)}]},
+        "refcoco_hub": {"data": [ref | {"raw_anns": json.dumps(annotation), "raw_image_info": json.dumps(image)}]},
     }[name]
     paths = {"images": place / "images"}
     for argument, content in contents.items():
@@ -73,7 +73,7 @@ def test_a_record_that_names_a_url(place, name, file):
     assert left_out.counts == {"image is a URL": 1}
 
 
-def test_pictures_that_are_found_by_their_identifier(place):
+def test_images_that_are_found_by_their_identifier(place):
     os.symlink(place / "outside/1.jpg", place / "images/1.jpg")
     region = {"phrase": "a dog", "x": 1, "y": 2, "width": 3, "height": 4}
     records = [{"id": 1, "regions": [region]}, {"id": "../outside/1", "regions": [region]}]
@@ -116,7 +116,7 @@ def test_segments(place):
     assert len(sample["groundings"]) == 1
 
 
-def test_rows_that_hold_a_path_and_no_picture(place):
+def test_rows_that_hold_a_path_and_no_image(place):
     path = str(place / "outside/1.jpg")
     chats = [{"images": [{"bytes": None, "path": path}], "texts": [{"user": "what?", "assistant": "a dog"}]}]
     llava = [{"id": "1", "image": {"bytes": None, "path": path}, "conversations": TURNS}]

@@ -142,10 +142,10 @@ def test_identifiers_of_a_coco_file_are_matched_or_counted(tmp_path):
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    """A data set with pictures, and the folder that holds it in three files."""
+    """A data set with images, and the folder that holds it in three files."""
     folder = tmp_path_factory.mktemp("table")
     features = Features({"number": Value("int32"), "images": [Image()]})
-    rows = [{"number": number, "images": [{"bytes": b"no picture", "path": None}]} for number in range(7)]
+    rows = [{"number": number, "images": [{"bytes": b"no image", "path": None}]} for number in range(7)]
     data = Dataset.from_list(rows, features=features)
     for number in range(3):
         data.shard(3, number).to_parquet(folder / f"train-{number:05d}-of-00003.parquet")
@@ -159,7 +159,7 @@ def test_parts_of_a_table_make_the_whole(table, parts):
     for source in (data, data.to_iterable_dataset(), folder, str(folder)):
         rows = [row for number in range(parts) for row in read_table(source, "data", (number, parts))]
         assert sorted(row["number"] for row in rows) == list(range(7))
-        assert all(row["images"] == [{"bytes": b"no picture", "path": None}] for row in rows)
+        assert all(row["images"] == [{"bytes": b"no image", "path": None}] for row in rows)
 
 
 def test_a_table_has_splits_and_may_be_one_file(table):

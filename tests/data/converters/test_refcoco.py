@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from age_vlm.data.converters.refcoco import picture_names, refcoco, refcoco_hub
+from age_vlm.data.converters.refcoco import image_names, refcoco, refcoco_hub
 from age_vlm.data.masks import decode_mask
 from age_vlm.data.rejects import LeftOut
 from age_vlm.data.schema import message_text
@@ -33,7 +33,7 @@ def ref(number, ann_id, image_id, *texts, split="train"):
     }
 
 
-def picture(image_id):
+def image(image_id):
     return {
         "license": 1,
         "file_name": f"COCO_train2014_{image_id:012d}.jpg",
@@ -94,7 +94,7 @@ def write(tmp_path, photograph):
             photograph(tmp_path / f"train2014/COCO_train2014_{number:012d}.jpg", WIDTH, HEIGHT)
         parts = {
             "info": {"version": "1.0"},
-            "images": [picture(581857), picture(98304)],
+            "images": [image(581857), image(98304)],
             "licenses": [],
             "annotations": annotations,
             "categories": [{"supercategory": "person", "id": 1, "name": "person"}],
@@ -130,11 +130,11 @@ def test_splits_and_parts(write):
         list(refcoco(*paths, "testA"))
 
 
-def test_pictures_of_2017_are_those_of_2014(write, photograph):
+def test_images_of_2017_are_those_of_2014(write, photograph):
     images, *paths = write()
     photograph(images.parent / "train2017/000000581857.jpg", WIDTH, HEIGHT)
     assert len(list(refcoco(images.parent / "train2017", *paths))) == 2
-    assert picture_names("COCO_train2014_000000581857.jpg")[1:3] == [
+    assert image_names("COCO_train2014_000000581857.jpg")[1:3] == [
         "COCO_train2014_000000581857.jpg",
         "000000581857.jpg",
     ]
@@ -144,7 +144,7 @@ def test_broken_records_are_left_out_and_counted(write, check):
     refs = [
         *REFS,
         ref(3, 1, 581857, "no such annotation"),
-        ref(4, 489209, 7, "no such picture"),
+        ref(4, 489209, 7, "no such image"),
         ref(5, 489209, 581857, " ", "but a good one"),
         ref(6, 489209, 581857),
         ref(7, 2, 581857, "far away"),
@@ -183,7 +183,7 @@ def test_the_tables_of_the_hub_say_the_same(write, check, said, phrase, tmp_path
         {
             **item,
             "raw_anns": json.dumps(ann),
-            "raw_image_info": json.dumps(picture(item["image_id"])),
+            "raw_image_info": json.dumps(image(item["image_id"])),
             "raw_sentences": json.dumps(item["sentences"]),
             "image_path": f"coco/train2014/COCO_train2014_{item['image_id']:012d}.jpg",
             "bbox": [0.0, 0.0, 1.0, 1.0],

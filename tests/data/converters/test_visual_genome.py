@@ -49,7 +49,7 @@ def test_regions_are_described_and_have_a_box(folder, check, said, phrase):
 
 def test_some_regions_and_parts(folder, said):
     arguments = folder, folder / "region_descriptions.json"
-    first, _ = visual_genome(*arguments, per_picture=1)
+    first, _ = visual_genome(*arguments, per_image=1)
     assert said(first) == ["the clock is green in colour"]
     assert [sample["id"] for sample in visual_genome(*arguments, part=(1, 2))] == ["visual_genome/2407890"]
 

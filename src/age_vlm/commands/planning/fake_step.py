@@ -69,8 +69,8 @@ def fake_step(
 ) -> StepFigures:
     """The step after the first, so that the optimizer has its states: the last forward and backward pass and the update.
 
-    Weights, pictures and all that is computed from them are fake. Token ids, and what follows from them, are real: the
-    model reads the places of its pictures out of them.
+    Weights, images and all that is computed from them are fake. Token ids, and what follows from them, are real: the
+    model reads the places of its images out of them.
 
     Args:
         model: on the meta device, its parameters frozen as the recipe says; it is made fake in place.

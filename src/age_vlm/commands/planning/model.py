@@ -48,7 +48,7 @@ class PlannedModel:
 
     def __init__(self, recipe: Recipe, *, length: int | None = None, dtype: torch.dtype | None = None):
         if length is not None and length < 2:
-            raise UserError(f"length: got {length}, expected at least 2: a picture and a word.")
+            raise UserError(f"length: got {length}, expected at least 2: an image and a word.")
         self.recipe = recipe
         source = load_sources(recipe) if length is None and _data_at_hand(recipe) else None
         self.model, processor = _load(recipe.model, source, dtype)
@@ -59,7 +59,7 @@ class PlannedModel:
         if source is None:
             self.length = length or recipe.training.max_length or LENGTH
             given = "given" if length else "the recipe's max_length" if recipe.training.max_length else "assumed"
-            self.source_of_text = f"texts of {self.length} tokens with one picture ({given})"
+            self.source_of_text = f"texts of {self.length} tokens with one image ({given})"
         else:
             collator = AgeVlmCollator.from_model(
                 self.model,
@@ -70,9 +70,7 @@ class PlannedModel:
                 pack_length=recipe.training.pack_length,
             )
             self._collate, self._samples = collator, _longest(collator, source.train, self.image_tokens)
-            self.source_of_text = (
-                f"the longest, with the tokens of pictures, of {len(self._samples)} samples of the data"
-            )
+            self.source_of_text = f"the longest, with the tokens of images, of {len(self._samples)} samples of the data"
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of transformers, about names that PEFT uses
             set_trainable(self.model, recipe.training)
@@ -84,7 +82,7 @@ class PlannedModel:
         """One batch, as the collator gives it."""
         if not hasattr(self, "_collate"):
             return self._assumed_batch(size)
-        # Copies, since one picture in several samples would be encoded once.
+        # Copies, since one image in several samples would be encoded once.
         return self._collate([copy.deepcopy(self._samples[i % len(self._samples)]) for i in range(size)])
 
     def _assumed_batch(self, size: int) -> dict[str, torch.Tensor]:
@@ -121,7 +119,7 @@ def _longest(collator: AgeVlmCollator, samples: Sequence, image_tokens: int) -> 
     return sorted(chosen, key=tokens, reverse=True)
 
 
-class _PicturesAlone:
+class _ImagesAlone:
     """A processor without a tokenizer: presets have none of their own."""
 
     def __init__(self, size: int | list[int]):
@@ -134,7 +132,7 @@ class _PicturesAlone:
 @checkpoint_errors()
 def _load(
     recipe: ModelRecipe, source: DataSource | None, dtype: torch.dtype | None
-) -> tuple[AgeVlmForConditionalGeneration, AgeVlmProcessor | _PicturesAlone]:
+) -> tuple[AgeVlmForConditionalGeneration, AgeVlmProcessor | _ImagesAlone]:
     if recipe.checkpoint == PREVIOUS:
         raise UserError(
             f"model.checkpoint: got '{PREVIOUS}', expected a folder or Hub id, a preset in its place "
@@ -156,7 +154,7 @@ def _load(
         stored = recipe.dtype or config.text_config.dtype
     else:
         config, stored = preset_config(recipe.preset, **recipe.config), None
-        processor = _PicturesAlone(recipe.image_size or IMAGE_SIZES[recipe.preset])
+        processor = _ImagesAlone(recipe.image_size or IMAGE_SIZES[recipe.preset])
     if isinstance(stored, str):
         stored = getattr(torch, stored)
     with torch.device("meta"):

@@ -78,7 +78,7 @@ class Plan:
         parameters, trainable: part -> number of parameters of the whole model, adapters included.
         weights, gradients, optimizer: part -> bytes on all devices together, before anything is sharded.
         memory: kind -> bytes of one device at the moment when it holds most.
-        length, pictures: tokens of a row, padding included, and pictures of a batch.
+        length, images: tokens of a row, padding included, and images of a batch.
         flops: part, `logits and loss` and `backward pass` -> operations of one batch; the last with recomputation.
         step_samples, step_tokens, run_tokens, run_flops: of all devices together.
         largest_batch: that fits on a device, the rest unchanged; 0 where none does.
@@ -98,7 +98,7 @@ class Plan:
     optimizer: dict[str, int]
     memory: dict[str, float]
     length: int
-    pictures: int
+    images: int
     flops: dict[str, float]
     step_samples: int
     step_tokens: int
@@ -172,7 +172,7 @@ def plan(
         optimizer={part: 2 * size for part, size in gradients.items()},
         memory=memory,
         length=columns,
-        pictures=len(batch["pixel_values"]),
+        images=len(batch["pixel_values"]),
         flops=flops,
         step_samples=rows * batches,
         step_tokens=rows * columns * batches,

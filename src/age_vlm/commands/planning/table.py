@@ -83,7 +83,7 @@ def _sections(plans: list[Plan]):
         "batch of one device",
         [
             row("rows x tokens", lambda plan: f"{plan.batch_size} x {plan.length}"),
-            row("pictures", lambda plan: str(plan.pictures)),
+            row("images", lambda plan: str(plan.images)),
             row("precision", lambda plan: plan.precision),
             row("gradient checkpointing", lambda plan: "on" if plan.checkpointing else "off"),
         ],

@@ -19,7 +19,7 @@ from ..schema import FEATURES, Sample
 from .cauldron import cauldron
 from .coco import coco, segments_beside
 from .flickr30k_entities import flickr30k_entities
-from .images import stored_picture
+from .images import stored_image
 from .label_maps import label_maps
 from .llava import llava
 from .refcoco import refcoco, refcoco_hub
@@ -53,7 +53,7 @@ def convert(
     Args:
         name: a key of `CONVERTERS`; `arguments` are those of its converter.
         streaming: make samples as they are asked for, anew in each pass, and keep nothing. Otherwise they are made once
-            and kept in the cache of `datasets`: text and masks, and the paths of pictures that are files. Files that
+            and kept in the cache of `datasets`: text and masks, and the paths of images that are files. Files that
             have not changed since are not converted again; with `allow_outside`, all are. Of a data set on the Hub only
             the name counts.
         shards: parts of a stream, for as many workers of a data loader. Each reads the annotations of its own part.
@@ -104,7 +104,7 @@ def _stored_samples(
     for number in numbers:
         for sample in CONVERTERS[name](**arguments, part=(number, shards), left_out=left_out):
             made += 1
-            yield {**sample, "images": [stored_picture(image) for image in sample["images"]]}
+            yield {**sample, "images": [stored_image(image) for image in sample["images"]]}
     if left_out.total and not made and len(numbers) == shards:
         raise UserError(f"{name}: nothing could be used, {left_out}.")
     left_out.warn(name)

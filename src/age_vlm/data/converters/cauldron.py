@@ -26,7 +26,7 @@ def cauldron(
     Args:
         data: its name on the Hub, a folder or file of parquet, or a loaded data set.
         subset, split: of a data set on the Hub.
-        allow_outside: open pictures that the table does not hold, but names by a path on this machine.
+        allow_outside: open images that the table does not hold, but names by a path on this machine.
 
     Source: https://huggingface.co/datasets/HuggingFaceM4/the_cauldron and .../FineVision
     """

@@ -34,7 +34,7 @@ def line(text: Any) -> str:
     """A text as one line, without blanks at its ends or two in a row.
 
     Raises:
-        Unusable: it is no text, nothing is left of it, or it marks a picture.
+        Unusable: it is no text, nothing is left of it, or it marks an image.
     """
     if not isinstance(text, str):
         raise Unusable("text is missing")
@@ -45,7 +45,7 @@ def line(text: Any) -> str:
 
 
 def require_only(record: Mapping[str, Any], media: str | None) -> None:
-    """Refuse a record with pictures, sounds or videos under another key than `media`: it would be half understood.
+    """Refuse a record with images, sounds or videos under another key than `media`: it would be half understood.
 
     Raises:
         Unusable: it has.
@@ -53,21 +53,21 @@ def require_only(record: Mapping[str, Any], media: str | None) -> None:
     for key, value in record.items():
         if key == media or not value or not (match := _MEDIA.fullmatch(str(key))):
             continue
-        # Beside the picture itself, "image_url" only says where it is from.
+        # Beside the image itself, "image_url" only says where it is from.
         if not (match[2] and media and record.get(media) and match[1].lower() in ("image", "img", "picture", "photo")):
             raise Unusable(f"media under a key that is not read: {key}")
 
 
-def chat(turns: Sequence[tuple[str, Any]], pictures: int) -> list[Message]:
-    """Role and text of each turn as messages that show `pictures` pictures.
+def chat(turns: Sequence[tuple[str, Any]], images: int) -> list[Message]:
+    """Role and text of each turn as messages that show `images` images.
 
-    `<image>` in a user's text is the place of a picture. Where there is none, the first user turn shows all pictures. A
-    single picture of a turn stands before its text, because words see only pictures before them; several stay where
+    `<image>` in a user's text is the place of an image. Where there is none, the first user turn shows all images. A
+    single image of a turn stands before its text, because words see only images before them; several stay where
     they are.
 
     Raises:
         Unusable: a text is missing or empty, roles are unknown or do not alternate, nobody answers, the places are not
-            as many as the pictures, or a text marks a picture elsewhere or in another way.
+            as many as the images, or a text marks an image elsewhere or in another way.
     """
     if any(role not in ROLES for role, _ in turns):
         raise Unusable("role is unknown")
@@ -85,9 +85,9 @@ def chat(turns: Sequence[tuple[str, Any]], pictures: int) -> list[Message]:
     if len(turns) < 2:
         raise Unusable("nobody answers")
     places = sum(text.count(PLACE) for role, text in turns if role == "user")
-    if places not in (0, pictures):
+    if places not in (0, images):
         raise Unusable(f"places for images ({PLACE}) are not as many as the images")
-    in_front = 0 if places else pictures
+    in_front = 0 if places else images
     for role, text in turns:
         if role == "assistant":
             messages.append({"role": role, "content": [_text(text)]})
@@ -97,8 +97,8 @@ def chat(turns: Sequence[tuple[str, Any]], pictures: int) -> list[Message]:
     return messages
 
 
-def statements(name: str, picture: Image.Image, request: str, said: Iterable[tuple[str, Sequence[Phrase]]]) -> Sample:
-    """A sample of one picture in which each text answers the same request, with its phrases grounded.
+def statements(name: str, image: Image.Image, request: str, said: Iterable[tuple[str, Sequence[Phrase]]]) -> Sample:
+    """A sample of one image in which each text answers the same request, with its phrases grounded.
 
     Raises:
         Unusable: nothing is said.
@@ -110,12 +110,12 @@ def statements(name: str, picture: Image.Image, request: str, said: Iterable[tup
         messages += [user_message(request, images=0 if messages else 1), assistant_message(text)]
     if not messages:
         raise Unusable("no text is left of it")
-    return {"id": name, "images": [picture], "messages": messages, "groundings": groundings}
+    return {"id": name, "images": [image], "messages": messages, "groundings": groundings}
 
 
 def _require_no_marker(text: str) -> None:
     if _MARKER.search(text):
-        raise Unusable("text marks a picture or other media where none belongs")
+        raise Unusable("text marks an image or other media where none belongs")
 
 
 def _text(text: str) -> dict[str, str]:
@@ -124,12 +124,12 @@ def _text(text: str) -> dict[str, str]:
     return {"type": "text", "text": text}
 
 
-def _shown(text: str, pictures: int) -> list[dict[str, Any]]:
-    """Content of a user turn: `pictures` pictures in front, or those at the places in the text."""
+def _shown(text: str, images: int) -> list[dict[str, Any]]:
+    """Content of a user turn: `images` images in front, or those at the places in the text."""
     image = {"type": "image", "text": None}
     parts = text.split(PLACE)
     if len(parts) <= 2:
-        count = pictures + len(parts) - 1
+        count = images + len(parts) - 1
         text = " ".join(part.strip() for part in parts).strip()
         content = [dict(image) for _ in range(count)]
         return content if count and not text else [*content, _text(text)]

@@ -18,11 +18,11 @@ from ..rejects import LeftOut, Unusable, reported
 from ..schema import Sample
 from .chats import Phrase, line, statements
 from .geometry import EMPTY, segmentation_mask, union
-from .images import ImageFolder, open_picture, require_size
+from .images import ImageFolder, open_image, require_size
 from .index import Index, identity
 from .mentions import Vocabulary
 from .records import CocoFile, existing_file, part_of, read_coco
-from .refcoco import picture_names
+from .refcoco import image_names
 
 
 SYNONYMS = {
@@ -89,23 +89,23 @@ def coco(
     segments: str | Path | None = None,
     *,
     request: str = CAPTION_REQUEST,
-    per_picture: int | None = None,
+    per_image: int | None = None,
     allow_outside: bool = False,
     part: tuple[int, int] = (0, 1),
     left_out: LeftOut | None = None,
 ) -> Iterator[Sample]:
-    """A sample for each picture, in which each of its captions answers `request`.
+    """A sample for each image, in which each of its captions answers `request`.
 
-    A word that names a category of the picture is grounded in all that is annotated of it, crowds included: "a dog" next
-    to a second dog means both. Annotations of the part's pictures are read into memory, the pictures one by one.
+    A word that names a category of the image is grounded in all that is annotated of it, crowds included: "a dog" next
+    to a second dog means both. Annotations of the part's images are read into memory, the images one by one.
 
     Args:
-        images: the folder of the pictures, such as `train2017`.
+        images: the folder of the images, such as `train2017`.
         captions: `captions_train2017.json`.
         instances: `instances_train2017.json`: masks of things.
         panoptic: `panoptic_train2017.json`: masks of everything, used for what `instances` has no category for.
         segments: its folder of PNGs; beside the file and named like it, unless told.
-        per_picture: at most so many captions of a picture, the first.
+        per_image: at most so many captions of an image, the first.
         allow_outside: see `ImageFolder`.
 
     Source: https://cocodataset.org/#format-data
@@ -124,7 +124,7 @@ def coco(
         known = {name for _, name in things.categories.items()}
         categories = known | {name for _, name in stuff.categories.items()}
         vocabulary = Vocabulary({**{name: category_words(name) for name in sorted(categories)}, "": COMPOUNDS})
-        for number, picture in chosen.items():
+        for number, described in chosen.items():
             if number not in texts.annotations:
                 left_out.add("image has no captions", number)
                 continue
@@ -132,9 +132,9 @@ def coco(
                 partial(_thing_masks, things, number, left_out),
                 partial(_stuff_masks, stuff, number, pngs, known, left_out),
             )
-            said = islice(texts.annotations_of(number), per_picture)
+            said = islice(texts.annotations_of(number), per_image)
             others = [file.images.get for file in (things, stuff) if number in file.images]
-            arguments = number, picture, others, said, masks_of, vocabulary, folder, request, left_out
+            arguments = number, described, others, said, masks_of, vocabulary, folder, request, left_out
             if (sample := left_out.attempt(number, _sample, *arguments)) is not None:
                 yield sample
 
@@ -159,7 +159,7 @@ def segment_ids(colors: np.ndarray) -> np.ndarray:
 
 def _sample(
     number: str,
-    picture: dict[str, Any],
+    described: dict[str, Any],
     others: list[Callable[[str], dict[str, Any]]],
     captions: Iterator[dict[str, Any]],
     masks_of: tuple[Callable[[tuple[int, int]], dict[str, list[MaskRLE]]], ...],
@@ -168,11 +168,11 @@ def _sample(
     request: str,
     left_out: LeftOut,
 ) -> Sample:
-    names = {picture_names(found["file_name"])[-1] for found in (picture, *(find(number) for find in others))}
+    names = {image_names(found["file_name"])[-1] for found in (described, *(find(number) for find in others))}
     if len(names) > 1:
         raise Unusable("files name different images for one identifier")
-    image = open_picture(folder.find(picture_names(picture["file_name"])))
-    size = picture["width"], picture["height"]
+    image = open_image(folder.find(image_names(described["file_name"])))
+    size = described["width"], described["height"]
     require_size(image, *size)
 
     @cache
@@ -233,7 +233,7 @@ def _read_segments(
     segments: Index[dict[str, Any]] = Index("segment", left_out)
     for segment in annotation["segments_info"]:
         segments.add(segment["id"], segment)
-    png = open_picture(folder.find([annotation["file_name"]]))
+    png = open_image(folder.find([annotation["file_name"]]))
     require_size(png, *size)
     return segment_ids(np.asarray(png.convert("RGB"))), [segment for _, segment in segments.items()]
 

@@ -14,7 +14,7 @@ from ..rejects import LeftOut, Unusable, reported
 from ..schema import Sample, upright_size
 from .chats import Phrase, line, statements
 from .geometry import clipped_box
-from .images import ImageFolder, open_picture, require_size
+from .images import ImageFolder, open_image, require_size
 from .index import Index, identity
 from .records import existing_file, part_of
 
@@ -31,12 +31,12 @@ def flickr30k_entities(
     ids: str | Path | None = None,
     *,
     request: str = CAPTION_REQUEST,
-    per_picture: int | None = None,
+    per_image: int | None = None,
     allow_outside: bool = False,
     part: tuple[int, int] = (0, 1),
     left_out: LeftOut | None = None,
 ) -> Iterator[Sample]:
-    """A sample for each picture, in which each of its captions answers `request`. Phrases have boxes and no mask yet.
+    """A sample for each image, in which each of its captions answers `request`. Phrases have boxes and no mask yet.
 
     Where several boxes belong to a phrase ("three men"), it is grounded once for each of them.
 
@@ -44,7 +44,7 @@ def flickr30k_entities(
         images: the folder of `<image id>.jpg`.
         sentences, annotations: the folders `Sentences` (`<image id>.txt`) and `Annotations` (`<image id>.xml`).
         ids: a file with an image id a line, such as `train.txt`; all unless told.
-        per_picture: at most so many captions of a picture, the first.
+        per_image: at most so many captions of an image, the first.
         allow_outside: see `ImageFolder`; for the three folders.
 
     Source: https://github.com/BryanPlummer/flickr30k_entities
@@ -64,7 +64,7 @@ def flickr30k_entities(
             captions = left_out.attempt(name, _captions, texts, name)
             if captions is None:
                 continue
-            arguments = name, folder, captions, boxes, request, per_picture, left_out
+            arguments = name, folder, captions, boxes, request, per_image, left_out
             if (sample := left_out.attempt(name, _sample, *arguments)) is not None:
                 yield sample
 
@@ -97,10 +97,10 @@ def _sample(
     captions: list[str],
     annotations: ImageFolder,
     request: str,
-    per_picture: int | None,
+    per_image: int | None,
     left_out: LeftOut,
 ) -> Sample:
-    picture = open_picture(folder.find([f"{name}.jpg"]))
+    image = open_image(folder.find([f"{name}.jpg"]))
     try:
         root = ElementTree.parse(annotations.find([f"{name}.xml"], "file of annotations")).getroot()
     except ElementTree.ParseError:
@@ -108,18 +108,18 @@ def _sample(
     if Path(root.findtext("filename", name)).stem != name:
         raise Unusable("file of annotations is of another image")
     if (size := root.find("size")) is not None:
-        require_size(picture, int(size.findtext("width")), int(size.findtext("height")))
+        require_size(image, int(size.findtext("width")), int(size.findtext("height")))
     boxes: dict[str, list[list[float]]] = defaultdict(list)
     for item in root.iter("object"):
         # Without a box it is the whole scene, or cannot be seen.
         if (corners := item.find("bndbox")) is None:
             continue
-        box = left_out.attempt(f"box of {name}", _box, corners, upright_size(picture))
+        box = left_out.attempt(f"box of {name}", _box, corners, upright_size(image))
         for chain in {identity(chain.text) for chain in item.iter("name")} if box is not None else ():
             boxes[chain].append(box)
     said = (left_out.attempt(f"caption of {name}", _said, caption, boxes) for caption in captions)
     usable = (caption for caption in said if caption is not None)
-    return statements(f"flickr30k/{name}", picture, request, islice(usable, per_picture))
+    return statements(f"flickr30k/{name}", image, request, islice(usable, per_image))
 
 
 def _box(corners: ElementTree.Element, size: tuple[int, int]) -> list[float]:

@@ -41,7 +41,7 @@ def union(masks: Sequence[MaskRLE]) -> MaskRLE:
 
 
 def clipped_box(box: Sequence[float], width: int, height: int) -> list[float]:
-    """The part of a box [x0, y0, x1, y1] in pixels that lies in a picture of that size.
+    """The part of a box [x0, y0, x1, y1] in pixels that lies in an image of that size.
 
     Raises:
         Unusable: it is not four numbers, or lies outside.

@@ -1,4 +1,4 @@
-"""Pictures of samples: found, opened when a sample is made, and stored as the file they came from."""
+"""Images of samples: found, opened when a sample is made, and stored as the file they came from."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ class ImageFolder:
         return path
 
 
-def open_picture(source: str | Path | Mapping[str, Any]) -> Image.Image:
-    """Open and decode a picture: a path, or `{"bytes", "path"}` as `datasets` gives what it does not decode.
+def open_image(source: str | Path | Mapping[str, Any]) -> Image.Image:
+    """Open and decode an image: a path, or `{"bytes", "path"}` as `datasets` gives what it does not decode.
 
     Raises:
         Unusable: the file is missing, or it cannot be decoded to its end.
@@ -74,46 +74,46 @@ def open_picture(source: str | Path | Mapping[str, Any]) -> Image.Image:
     if encoded is None and not path:
         raise Unusable("image is missing")
     try:
-        picture = Image.open(BytesIO(Path(path).read_bytes() if encoded is None else encoded))
-        picture.load()
+        image = Image.open(BytesIO(Path(path).read_bytes() if encoded is None else encoded))
+        image.load()
     except FileNotFoundError:
         raise Unusable("image file is missing") from None
     # Decoders of damaged files raise nearly anything, and a run over millions of files has to survive each of them.
     except Exception:
         raise Unusable("image cannot be read") from None
-    # Read back by `stored_picture`: encoding the pixels again would lose quality, and size with PNG.
-    picture.encoded = encoded
-    picture.filename = str(Path(path).absolute()) if encoded is None else ""
-    return picture
+    # Read back by `stored_image`: encoding the pixels again would lose quality, and size with PNG.
+    image.encoded = encoded
+    image.filename = str(Path(path).absolute()) if encoded is None else ""
+    return image
 
 
-def stored_picture(picture: Image.Image) -> Image.Image | dict[str, Any]:
-    """What storage takes of a picture from `open_picture`, its path or its bytes; other pictures as they are."""
-    if getattr(picture, "encoded", None) is not None:
-        return {"path": None, "bytes": picture.encoded}
-    return {"path": picture.filename, "bytes": None} if getattr(picture, "filename", "") else picture
+def stored_image(image: Image.Image) -> Image.Image | dict[str, Any]:
+    """What storage takes of an image from `open_image`, its path or its bytes; other images as they are."""
+    if getattr(image, "encoded", None) is not None:
+        return {"path": None, "bytes": image.encoded}
+    return {"path": image.filename, "bytes": None} if getattr(image, "filename", "") else image
 
 
 def open_named(source: Any, folder: ImageFolder | None) -> Image.Image:
-    """A picture as a record has it: the name of a file in `folder`, or `{"bytes", "path"}`, of which the bytes count.
+    """An image as a record has it: the name of a file in `folder`, or `{"bytes", "path"}`, of which the bytes count.
 
     Raises:
-        Unusable: as `ImageFolder.find` and `open_picture`, or it is a name and there is no folder.
+        Unusable: as `ImageFolder.find` and `open_image`, or it is a name and there is no folder.
     """
     is_table = isinstance(source, Mapping)
     name = source.get("path") if is_table and source.get("bytes") is None else source
     if not isinstance(name, str) or (is_table and not name):
-        return open_picture(source)
+        return open_image(source)
     if folder is None:
         raise Unusable("image is a path, and no folder of images was given")
-    return open_picture(folder.find([name]))
+    return open_image(folder.find([name]))
 
 
-def require_size(picture: Image.Image, width: int, height: int) -> None:
-    """Refuse annotations that count pixels of a differently sized picture.
+def require_size(image: Image.Image, width: int, height: int) -> None:
+    """Refuse annotations that count pixels of a differently sized image.
 
     Raises:
-        Unusable: the upright picture is not of this size.
+        Unusable: the upright image is not of this size.
     """
-    if upright_size(picture) != (width, height):
+    if upright_size(image) != (width, height):
         raise Unusable("image is not of the size that its annotations are for")

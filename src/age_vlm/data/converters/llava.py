@@ -30,7 +30,7 @@ def llava(
 
     Args:
         conversations: a `.json` or `.jsonl` file of `{"id", "image", "conversations": [{"from", "value"}]}`, or a table
-            with these columns as `read_table` takes it, its pictures inside; `subset` and `split` are of the latter.
+            with these columns as `read_table` takes it, its images inside; `subset` and `split` are of the latter.
         images: the folder that the paths in `image` start from.
         allow_outside: see `ImageFolder`; without `images`, paths start from the working directory.
 
@@ -58,6 +58,6 @@ def _sample(name: str, record: dict[str, Any], folder: ImageFolder | None) -> Sa
     shown = record.get("image")
     files = shown if isinstance(shown, list) else [] if shown is None else [shown]
     messages = chat(turns, len(files))
-    pictures = [open_named(file, folder) for file in files]
-    # Ids repeat within these files, where one picture has several conversations.
-    return {"id": f"{record.get('id', 'llava')}/{name}", "images": pictures, "messages": messages, "groundings": []}
+    opened = [open_named(file, folder) for file in files]
+    # Ids repeat within these files, where one image has several conversations.
+    return {"id": f"{record.get('id', 'llava')}/{name}", "images": opened, "messages": messages, "groundings": []}

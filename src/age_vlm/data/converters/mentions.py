@@ -24,7 +24,7 @@ class Vocabulary:
                     categories[key].add(category)
                     categories[_key(plural(key))].add(category)
         self.categories = {key: frozenset(found) for key, found in categories.items()}
-        # The longest name first: in "hot dog" there is no dog, whether or not the picture shows one.
+        # The longest name first: in "hot dog" there is no dog, whether or not the image shows one.
         names = sorted(self.categories, key=len, reverse=True)
         pattern = "|".join(re.escape(name).replace(r"\ ", "[ -]") for name in names)
         self._pattern = re.compile(rf"(?<!\w)(?:{pattern})(?!\w)" if names else "(?!)", re.IGNORECASE)

@@ -131,7 +131,7 @@ def read_table(
 ) -> Iterator[dict[str, Any]]:
     """The rows of a part of a data set, streamed: its name on the Hub, a folder or file of parquet, or a loaded one.
 
-    Pictures come as `{"bytes", "path"}`: one that cannot be decoded shall cost its row, not the run.
+    Images come as `{"bytes", "path"}`: one that cannot be decoded shall cost its row, not the run.
 
     Raises:
         UserError: there is no such data set.

@@ -14,7 +14,7 @@ from ..rejects import LeftOut, Unusable, reported
 from ..schema import Sample
 from .chats import REGION_REQUEST, Phrase, line, statements
 from .geometry import segmentation_mask
-from .images import ImageFolder, open_picture, require_size
+from .images import ImageFolder, open_image, require_size
 from .index import Index, identity
 from .records import CocoFile, Table, existing_file, part_of, read_coco, read_table
 
@@ -36,7 +36,7 @@ def refcoco(
     """A sample for each object, in which each of its expressions answers `request` and is grounded in its mask.
 
     Args:
-        images: the folder of COCO's `train2014`, or of `train2017`, which has the same pictures under other names.
+        images: the folder of COCO's `train2014`, or of `train2017`, which has the same images under other names.
         refs: `refs(unc).p`, `refs(google).p` or `refs(umd).p`.
         instances: `instances.json` from beside it.
         split: `"train"`, `"val"`, `"test"`, `"testA"` or `"testB"`.
@@ -80,7 +80,7 @@ def refcoco_hub(
     """The same from the tables `jxu124/refcoco`, `jxu124/refcocoplus` and `jxu124/refcocog` of the Hub.
 
     Args:
-        images: the folder of COCO's `train2014` or `train2017`: the tables hold no pictures.
+        images: the folder of COCO's `train2014` or `train2017`: the tables hold no images.
         data: a name on the Hub, a folder or file of parquet, or a loaded data set.
         allow_outside: see `ImageFolder`.
     """
@@ -94,8 +94,8 @@ def refcoco_hub(
                 yield sample
 
 
-def picture_names(file_name: str) -> list[str]:
-    """Where a picture of COCO may lie: the releases of 2014 and 2017 name the same pictures differently."""
+def image_names(file_name: str) -> list[str]:
+    """Where an image of COCO may lie: the releases of 2014 and 2017 name the same images differently."""
     if not isinstance(file_name, str):
         raise Unusable("name of an image is no text")
     plain = Path(file_name).name
@@ -121,18 +121,18 @@ def _indexed_sample(
 def _row_sample(name: str, row: dict[str, Any], folder: ImageFolder, request: str, left_out: LeftOut) -> Sample:
     if row.get("ref_id") is not None:
         identity(row["ref_id"])
-    picture, annotation = (_decoded(row[key]) for key in ("raw_image_info", "raw_anns"))
-    if picture is None or annotation is None:
+    described, annotation = (_decoded(row[key]) for key in ("raw_image_info", "raw_anns"))
+    if described is None or annotation is None:
         raise Unusable(_LACKING)
     pairs = (
-        (row, "image_id", picture, "id"),
+        (row, "image_id", described, "id"),
         (row, "ann_id", annotation, "id"),
-        (annotation, "image_id", picture, "id"),
+        (annotation, "image_id", described, "id"),
     )
     for one, key, other, same in pairs:
         if key in one and same in other and identity(one[key]) != identity(other[same]):
             raise Unusable("identifiers of the record do not agree")
-    return _sample(name, row, picture, annotation, folder, request, left_out)
+    return _sample(name, row, described, annotation, folder, request, left_out)
 
 
 def _decoded(value: Any) -> Any:
@@ -142,15 +142,15 @@ def _decoded(value: Any) -> Any:
 def _sample(
     name: str,
     ref: dict[str, Any],
-    picture: dict[str, Any],
+    described: dict[str, Any],
     annotation: dict[str, Any],
     folder: ImageFolder,
     request: str,
     left_out: LeftOut,
 ) -> Sample:
-    size = picture["width"], picture["height"]
+    size = described["width"], described["height"]
     # The name in the reference itself carries the annotation's number and is no file.
-    image = open_picture(folder.find(picture_names(picture["file_name"])))
+    image = open_image(folder.find(image_names(described["file_name"])))
     require_size(image, *size)
     mask = segmentation_mask(annotation["segmentation"], *size)
     said = (left_out.attempt(f"expression of {name}", _said, sentence, mask) for sentence in ref["sentences"])

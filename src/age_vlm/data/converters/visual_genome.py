@@ -11,7 +11,7 @@ from ..rejects import LeftOut, Unusable, reported
 from ..schema import Sample, upright_size
 from .chats import REGION_REQUEST, Phrase, line, statements
 from .geometry import clipped_box
-from .images import ImageFolder, open_picture
+from .images import ImageFolder, open_image
 from .index import Index, identity
 from .records import part_of, read_json
 
@@ -24,17 +24,17 @@ def visual_genome(
     regions: str | Path,
     *,
     request: str = REGION_REQUEST,
-    per_picture: int | None = None,
+    per_image: int | None = None,
     allow_outside: bool = False,
     part: tuple[int, int] = (0, 1),
     left_out: LeftOut | None = None,
 ) -> Iterator[Sample]:
-    """A sample for each picture, in which each region description answers `request`, with a box and no mask yet.
+    """A sample for each image, in which each region description answers `request`, with a box and no mask yet.
 
     Args:
         images: the folder of `<image id>.jpg`, or that of `VG_100K` and `VG_100K_2`.
         regions: `region_descriptions.json`.
-        per_picture: at most so many regions of a picture, the first; there are 50 on average.
+        per_image: at most so many regions of an image, the first; there are 50 on average.
         allow_outside: see `ImageFolder`.
 
     Source: https://homes.cs.washington.edu/~ranjay/visualgenome/api_readme.html
@@ -45,13 +45,13 @@ def visual_genome(
         seen: Index[None] = Index("image", left_out)
         for number, record in enumerate(records):
             name = f"record {part[0] + number * part[1]}"
-            sample = left_out.attempt(name, _sample, record, folder, request, per_picture, left_out)
+            sample = left_out.attempt(name, _sample, record, folder, request, per_image, left_out)
             if sample is not None and seen.add(_number(record), None):
                 yield sample
 
 
 def _number(record: dict[str, Any]) -> str:
-    # Both keys stand for the picture; older releases have only `id`.
+    # Both keys stand for the image; older releases have only `id`.
     numbers = {identity(record[key]) for key in ("image_id", "id") if key in record} or {identity(record["id"])}
     if len(numbers) > 1:
         raise Unusable("identifiers of the record do not agree")
@@ -59,14 +59,14 @@ def _number(record: dict[str, Any]) -> str:
 
 
 def _sample(
-    record: dict[str, Any], folder: ImageFolder, request: str, per_picture: int | None, left_out: LeftOut
+    record: dict[str, Any], folder: ImageFolder, request: str, per_image: int | None, left_out: LeftOut
 ) -> Sample:
     number = _number(record)
-    picture = open_picture(folder.find(f"{place}{number}.jpg" for place in _FOLDERS))
-    size = upright_size(picture)
+    image = open_image(folder.find(f"{place}{number}.jpg" for place in _FOLDERS))
+    size = upright_size(image)
     said = (left_out.attempt(f"region of {number}", _region, region, number, size) for region in record["regions"])
     usable = (region for region in said if region is not None)
-    return statements(f"visual_genome/{number}", picture, request, islice(usable, per_picture))
+    return statements(f"visual_genome/{number}", image, request, islice(usable, per_image))
 
 
 def _region(region: dict[str, Any], number: str, size: tuple[int, int]) -> tuple[str, list[Phrase]]:
