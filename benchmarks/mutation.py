@@ -1,6 +1,6 @@
 """How many planted faults the tests find: a sample of cosmic-ray's mutations of each module, each under that module's tests.
 
-python benchmarks/mutation.py --sample 20 --seed 0 --jobs 2 --output benchmarks/results/mutation.csv
+python benchmarks/mutation.py --sample 20 --seed 0 --jobs 2 --output docs/results/mutation-ENVIRONMENT.csv
 
 Needs cosmic-ray, and fork. Nothing is written into the tree: a forked process, which already has torch and transformers, imports
 the mutated source from memory. What survives is printed as a diff. Mutations of type hints and of docstrings are left out.
