@@ -413,7 +413,7 @@ model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=Tr
 assert type(model).__module__.startswith("transformers_modules.")
 assert type(AutoConfig.from_pretrained(folder, trust_remote_code=True)).__name__ == "AgeVlmConfig"
 text = processor.apply_chat_template(messages, add_generation_prompt=True)
-batch = processor(images=[list(stored["image"].permute(0, 3, 1, 2))], text=[text], return_tensors="pt")
+batch = processor(images=[list(stored["picture"].permute(0, 3, 1, 2))], text=[text], return_tensors="pt")
 with torch.no_grad():
     logits = model(stored["input_ids"], stored["pixel_values"]).logits
     answer = model.generate(**batch, do_sample=False, max_new_tokens=stored["answer"].shape[1])
@@ -451,7 +451,7 @@ def test_an_old_checkpoint_loads_in_this_version(old, caplog, monkeypatch):
     text = processor.apply_chat_template(
         json.loads((old / "expected.json").read_text())["messages"], add_generation_prompt=True
     )
-    batch = processor(images=[list(stored["image"].permute(0, 3, 1, 2))], text=[text], return_tensors="pt")
+    batch = processor(images=[list(stored["picture"].permute(0, 3, 1, 2))], text=[text], return_tensors="pt")
     with torch.no_grad():
         logits = model(stored["input_ids"], stored["pixel_values"]).logits
         answer = model.generate(**batch, do_sample=False, max_new_tokens=stored["answer"].shape[1])

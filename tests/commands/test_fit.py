@@ -134,7 +134,7 @@ def test_a_seed_gives_the_same_run_again_and_measures_on_the_way(source, tmp_pat
     recipe = recipe_of(seed=4, warm_start=WarmStartRecipe(steps=1, batch_size=4), training={"evaluate_every": 2})
     seen = []
 
-    def measure(model, processor, grid):
+    def measure(model, processor):
         seen.append(model.training)
         return {"norm": float(sum(parameter.norm() for parameter in model.parameters()))}
 
@@ -160,7 +160,7 @@ def test_blocks_and_images_that_are_not_there_are_found_before_training(source, 
 def stopped(recipe, source, folder, step):
     """Runs until the figures of that step are asked for."""
 
-    def measure(model, processor, grid):
+    def measure(model, processor):
         seen.append(1)
         if len(seen) == step:
             raise KeyboardInterrupt
@@ -175,7 +175,7 @@ def test_what_was_stopped_goes_on_from_its_last_checkpoint(source, tmp_path, cap
     training = {"steps": 5, "save_every": 2, "evaluate_every": 1, "log_every": 5, "vision": "frozen"}
     recipe = recipe_of(training=training, warm_start=WarmStartRecipe(steps=1, batch_size=4))
 
-    def norm(model, processor, grid):
+    def norm(model, processor):
         return {"norm": float(sum(p.norm() for p in model.parameters()))}
 
     for name in ("whole", "stopped", "early"):

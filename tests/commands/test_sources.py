@@ -240,7 +240,7 @@ def test_the_seed_chooses_training_images_only():
 
 
 def test_warm_up_images_fit_their_labels():
-    pictures, labels = load_source(SCENES, 0).pictures
+    pictures, labels = load_source(SCENES, 0).icons
     assert {pictures[index]["label"] for index in range(400)} == set(range(labels))
 
 

@@ -6,7 +6,7 @@ from age_vlm.configuration import IMAGE_SIZES, PRESETS
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_builds_and_sees_a_image(name):
+def test_every_preset_builds_and_sees_an_image(name):
     config = preset_config(name)
     with torch.device("meta"):
         model = AgeVlmForConditionalGeneration(config)

@@ -103,7 +103,7 @@ def test_a_phrase_is_found_where_it_stands_and_nowhere_else(any_processor, messa
     assert occurrences[earlier] == len(before)
 
 
-def test_a_phrase_may_reach_over_a_image(any_processor):
+def test_a_phrase_may_reach_over_an_image(any_processor):
     chat = ChatEncoder(any_processor)([SPLIT])
     start, _ = find(SPLIT, "sees")
     _, end = find(SPLIT, "zebra", 1)

@@ -223,7 +223,7 @@ def test_slots_of_several_images_are_those_the_model_shows(make_model, processor
         assert mass[int(slot)][row].gt(0).all()
 
 
-def test_a_phrase_is_only_aligned_with_a_image_that_it_sees(make_collator):
+def test_a_phrase_is_only_aligned_with_an_image_that_it_sees(make_collator):
     later = phrase(MANY, 0, "a dog", image=1)
     earlier = phrase(MANY, 0, "a cat", image=0)
     pictures = [picture(0), picture(1)]

@@ -61,7 +61,7 @@ def test_impossible_numbers_are_named(options, names):
 
 
 @given(st.lists(st.lists(st.sampled_from(KINDS), max_size=5), max_size=8))
-def test_statistics_count_each_kind_once_a_image(images):
+def test_statistics_count_each_kind_once_an_image(images):
     statistics = KindStatistics.count(images)
     for kind in KINDS:
         shown = [set(image) for image in images if kind in image]

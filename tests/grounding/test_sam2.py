@@ -6,9 +6,9 @@ from transformers import Sam2VideoConfig, Sam2VideoModel
 from age_vlm.grounding import Prompt, load_teacher
 
 
-def test_masks_have_the_size_of_their_image(sam2_teacher, pictures, prompts):
-    answers = sam2_teacher.ground(pictures, prompts)
-    for image, asked, found in zip(pictures, prompts, answers):
+def test_masks_have_the_size_of_their_image(sam2_teacher, images, prompts):
+    answers = sam2_teacher.ground(images, prompts)
+    for image, asked, found in zip(images, prompts, answers):
         assert len(found) == len(asked)
         for own in found:
             assert own.masks.shape == (1, image.height, image.width) and own.masks.dtype == bool
@@ -18,7 +18,7 @@ def test_masks_have_the_size_of_their_image(sam2_teacher, pictures, prompts):
 
 
 @pytest.mark.parametrize("number, place", [(0, 0), (0, 1), (2, 0), (2, 1)])
-def test_equals_the_model_asked_as_its_documentation_has_it(sam2_teacher, pictures, prompts, number, place, same):
+def test_equals_the_model_asked_as_its_documentation_has_it(sam2_teacher, images, prompts, number, place, same):
     prompt = prompts[number][place]
     told = {}
     if prompt.box:
@@ -28,7 +28,7 @@ def test_equals_the_model_asked_as_its_documentation_has_it(sam2_teacher, pictur
             "input_points": [[[list(map(float, p)) for p in prompt.points]]],
             "input_labels": [[list(prompt.labels)]],
         }
-    inputs = sam2_teacher.processor(images=[pictures[number]], return_tensors="pt", **told)
+    inputs = sam2_teacher.processor(images=[images[number]], return_tensors="pt", **told)
     single = prompt.box is None and len(prompt.points) == 1
     with torch.no_grad():
         output = sam2_teacher.model(
@@ -37,35 +37,35 @@ def test_equals_the_model_asked_as_its_documentation_has_it(sam2_teacher, pictur
     masks = sam2_teacher.processor.post_process_masks(output.pred_masks, inputs["original_sizes"])[0][0]
     assert len(masks) == (3 if single else 1)
     best = output.iou_scores[0, 0].argmax()
-    found = sam2_teacher.ground(pictures, prompts)[number][place]
+    found = sam2_teacher.ground(images, prompts)[number][place]
     assert (found.masks[0] != masks[best].numpy()).mean() < 0.002
     assert found.scores[0] == pytest.approx(output.iou_scores[0, 0, best].item(), abs=1e-4)
 
 
-def test_a_image_is_encoded_once(sam2_teacher, pictures, encoded):
+def test_an_image_is_encoded_once(sam2_teacher, images, encoded):
     sizes = encoded(sam2_teacher.model.vision_encoder)
-    asked = [[Prompt(str(i), (i, i, i + 9, i + 9)) for i in range(20)] for _ in pictures]
-    assert [len(found) for found in sam2_teacher.ground(pictures, asked)] == [20, 20, 20]
+    asked = [[Prompt(str(i), (i, i, i + 9, i + 9)) for i in range(20)] for _ in images]
+    assert [len(found) for found in sam2_teacher.ground(images, asked)] == [20, 20, 20]
     assert sizes == [3]
 
 
-def test_batched_equals_alone(sam2_teacher, pictures, prompts, same):
-    batched = sam2_teacher.ground(pictures, prompts)
+def test_batched_equals_alone(sam2_teacher, images, prompts, same):
+    batched = sam2_teacher.ground(images, prompts)
     alone = [
-        [sam2_teacher.ground([image], [[prompt]])[0][0] for prompt in asked] for image, asked in zip(pictures, prompts)
+        [sam2_teacher.ground([image], [[prompt]])[0][0] for prompt in asked] for image, asked in zip(images, prompts)
     ]
     same(batched, alone)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_lower_precision(tiny_sam2, sam2_teacher, pictures, prompts, dtype):
+def test_lower_precision(tiny_sam2, sam2_teacher, images, prompts, dtype):
     low = load_teacher("sam2-transformers", tiny_sam2, dtype=dtype, device="cpu")
-    for own, expected in zip(low.ground(pictures, prompts), sam2_teacher.ground(pictures, prompts)):
+    for own, expected in zip(low.ground(images, prompts), sam2_teacher.ground(images, prompts)):
         for a, b in zip(own, expected):
             assert np.isfinite(a.scores).all() and (a.masks == b.masks).mean() > 0.8
 
 
-def test_a_checkpoint_for_videos(small_memory, tiny_sam2, sam2_teacher, pictures, prompts, same, tmp_path):
+def test_a_checkpoint_for_videos(small_memory, tiny_sam2, sam2_teacher, images, prompts, same, tmp_path):
     """Published SAM 2 checkpoints are of this type."""
     config = sam2_teacher.model.config.to_dict()
     parts = ("vision_config", "prompt_encoder_config", "mask_decoder_config")
@@ -74,6 +74,6 @@ def test_a_checkpoint_for_videos(small_memory, tiny_sam2, sam2_teacher, pictures
     model.save_pretrained(tmp_path)
     sam2_teacher.processor.save_pretrained(tmp_path)
     same(
-        load_teacher("sam2-transformers", tmp_path, device="cpu").ground(pictures, prompts),
-        sam2_teacher.ground(pictures, prompts),
+        load_teacher("sam2-transformers", tmp_path, device="cpu").ground(images, prompts),
+        sam2_teacher.ground(images, prompts),
     )

@@ -54,7 +54,7 @@ def test_masks_have_the_size_of_their_image(answers, images, prompts):
     assert (answers[0][0][0].masks != answers[0][0][2].masks).any()
 
 
-def test_a_image_is_encoded_once(answers):
+def test_an_image_is_encoded_once(answers):
     # Two of the three images have prompts, of two kinds each.
     assert answers[1] == [2]
 

@@ -163,7 +163,7 @@ def test_cropping_text_keeps_the_image_before_it(model, make_batch, steps):
 
 
 @pytest.mark.parametrize("visibility", ["latest", "all_previous"])
-def test_cropping_a_image_away_forgets_it(make_model, visibility):
+def test_cropping_an_image_away_forgets_it(make_model, visibility):
     model = make_model(image_visibility=visibility)
     ids = torch.tensor([[9, IMAGE_TOKEN_ID, 20, IMAGE_TOKEN_ID, 21]])
     pixels = torch.randn(2, 3, 32, 32)

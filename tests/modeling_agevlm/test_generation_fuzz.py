@@ -113,7 +113,7 @@ def draw(seed: int) -> SimpleNamespace:
         case.rows.append(row)
     named = ([image for _, pictures in row for image in pictures] for row in case.rows)
     if case.visibility == "all_previous" and any(len(set(row)) < len(row) for row in named):
-        case.pictures = "pixels"  # shared ones are refused where a text names one twice
+        case.images = "pixels"  # shared ones are refused where a text names one twice
     return case
 
 
@@ -250,7 +250,7 @@ def read(run: Run) -> None:
         end = ids.shape[1] if cache is None else run.random.randint(start + 1, ids.shape[1])
         outputs = run.model(
             **run.text(ids[:, start:end]),
-            **run.images(of_token[:, start:end][of_token[:, start:end] >= 0].tolist(), case.pictures),
+            **run.images(of_token[:, start:end][of_token[:, start:end] >= 0].tolist(), case.images),
             attention_mask=mask[:, :end],
             position_ids=position_ids[:, start:end],
             cache=cache,
@@ -285,9 +285,7 @@ def answer(run: Run, rows: list) -> None:
     cache = None
     if case.turns == 2:
         cache = run.new_cache()
-        first = run.model.generate(
-            ids, attention_mask=mask, **run.images(given, case.pictures), cache=cache, **settings
-        )
+        first = run.model.generate(ids, attention_mask=mask, **run.images(given, case.images), cache=cache, **settings)
         answers = first.sequences[:, ids.shape[1] :]
         kept = check_answers(run, first, answers, said, seen)
         said = [said[row] + answers[row][kept[row]].tolist() + rows[row][1][0] for row in range(len(rows))]
@@ -309,7 +307,7 @@ def answer(run: Run, rows: list) -> None:
         settings |= {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 2}
     elif case.mode == "assisted":
         settings |= {"assistant_model": run.make(seed=1)}
-    inputs = {**run.text(ids), "attention_mask": mask, **run.images(given, case.pictures)}
+    inputs = {**run.text(ids), "attention_mask": mask, **run.images(given, case.images)}
     if cache is not None:
         inputs["cache"] = cache
     if case.chunk is not None:

@@ -139,7 +139,7 @@ def test_only_the_latest_image_counts(model, make_model, looks):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_rows_before_a_image_get_exactly_nothing_forward_and_backward(make_model, dtype, attention):
+def test_rows_before_an_image_get_exactly_nothing_forward_and_backward(make_model, dtype, attention):
     model = make_model(dtype=dtype, attention=attention)
     ids = torch.tensor([[20, 21, 22, IMAGE_TOKEN_ID, 23, 24], [6, 6, 25, 26, 27, 28]])
     mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
@@ -162,7 +162,7 @@ def test_rows_before_a_image_get_exactly_nothing_forward_and_backward(make_model
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_flex_attention_before_a_image_is_finite(make_model, dtype):
+def test_flex_attention_before_an_image_is_finite(make_model, dtype):
     # Torch has its backward pass on accelerators alone.
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, reference = (make_model(dtype=dtype, attention=name).to(device) for name in ("flex_attention", "sdpa"))

@@ -76,7 +76,7 @@ def test_a_colour_is_what_the_encoder_knows(own, tokenizer, tmp_path):
     assert loaded.image_geometry(20, 30).source_box == (0, 0, 30, 20), "the whole image is seen"
 
 
-def test_a_image_is_resampled_as_the_encoder_knows(own):
+def test_an_image_is_resampled_as_the_encoder_knows(own):
     reference, made = AutoImageProcessor.from_pretrained(own), encoder_image_processor(own)
     # Of a square one nothing is cropped away, but by ConvNeXt's.
     reference.do_center_crop = False

@@ -150,7 +150,7 @@ def test_images_of_the_wrong_row_are_an_error(processor):
     assert "[2, 0]" in str(error.value) and "[1, 1]" in str(error.value)
 
 
-def test_truncation_that_loses_a_image_is_an_error(processor):
+def test_truncation_that_loses_an_image_is_an_error(processor):
     text = [f"a long text and {IMAGE} then"]
     with pytest.raises(ValueError):
         processor(images=picture(), text=text, truncation=True, max_length=6)

@@ -57,7 +57,7 @@ def test_no_more_images_are_drawn_than_are_seen(tower, tmp_path):
     assert images.drawn == 6
 
 
-def test_the_score_of_a_image_is_a_soft_maximum_of_its_cells(tower):
+def test_the_score_of_an_image_is_a_soft_maximum_of_its_cells(tower):
     classifier = VisionClassifier(tower, 5)
     pixels = torch.randn(2, 3, 64, 64)
     labels = torch.tensor([1, 4])

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from ..configuration import PRESETS, AlignmentConfig
-from ..errors import UserError, reading
+from ..errors import UserError, checkpoint_errors, reading
 from ..modeling_agevlm.components_agevlm import COMPONENTS as PARTS
 
 
@@ -368,7 +368,8 @@ def build(cls: type, values: Any, where: str = ""):
             nearest = get_close_matches(str(key), hints, n=1, cutoff=0.0)[0]
             raise UserError(f"{name}: unknown key, expected one of {', '.join(hints)} (nearest: '{nearest}').")
         arguments[key] = _converted(value, hints[key], name)
-    return cls(**arguments)
+    with checkpoint_errors():
+        return cls(**arguments)
 
 
 def _converted(value: Any, hint: Any, name: str) -> Any:

@@ -29,7 +29,7 @@ def recipe_of(make_recipe, tmp_path):
     return make
 
 
-def test_a_image_is_longer_than_a_few_words(recipe_of):
+def test_an_image_is_longer_than_a_few_words(recipe_of):
     """Its tokens count: the longest of texts alone would have no image to plan the vision encoder's memory with."""
     planned = PlannedModel(recipe_of((0, 30), (1, 4), (2, 3), (0, 20)))
     assert planned.image_tokens > 30

@@ -107,7 +107,7 @@ def test_urls_are_refused(folder, name, allow_outside):
         ImageFolder(folder, "images", allow_outside).find([name])
 
 
-def test_a_image_of_a_record_is_in_the_folder_or_in_the_record(folder):
+def test_an_image_of_a_record_is_in_the_folder_or_in_the_record(folder):
     inside = ImageFolder(folder, "images")
     for source in ("in/a.jpg", {"path": "in/a.jpg"}, {"bytes": encoded(), "path": "/nowhere/x.jpg"}):
         assert open_named(source, inside).size == (24, 16)
