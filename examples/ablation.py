@@ -47,17 +47,17 @@ def arm_recipe(recipe: Recipe, arm: str, seed: int) -> Recipe:
     return recipe
 
 
-def run_arm(recipe: Recipe, arm: str, *, curve_on: str, figures, source: DataSource | None = None) -> dict:
+def run_arm(recipe: Recipe, arm: str, *, curve_on: str, metrics, source: DataSource | None = None) -> dict:
     """Trains one arm and measures it.
 
     Args:
         recipe: of this arm, see `arm_recipe`.
         curve_on: part of the data, `validation` or `test`, on which the curve against steps is taken.
-        figures: (model, processor, items) -> figures of the answers.
+        metrics: (model, processor, items) -> metrics of the answers.
         source: data instead of what the recipe says.
 
     Returns:
-        Figures on validation and test, the curve, the number of parameters, the seconds that all of it took.
+        Metrics on validation and test, the curve, the number of parameters, the seconds that all of it took.
     """
     started = time.perf_counter()
     logging.set_verbosity_error()
@@ -87,7 +87,7 @@ def run_arm(recipe: Recipe, arm: str, *, curve_on: str, figures, source: DataSou
             best = max(layers, key=lambda layer: float(phrases.scores([layer], heads)[1].mean()))
             single = [(layer, head) for layer in layers for head in heads]
             best_head = max(single, key=lambda pair: float(phrases.scores([pair[0]], [pair[1]])[1].mean()))
-        result[part] = figures(model, processor, items)
+        result[part] = metrics(model, processor, items)
         result[part]["pointing, best layer"] = float(phrases.scores([best], heads)[1].mean())
         result[part]["attention mass, best layer"] = float(phrases.scores([best], heads)[0].mean())
         result[part]["pointing, best head"] = float(phrases.scores([best_head[0]], [best_head[1]])[1].mean())
@@ -104,9 +104,9 @@ def printed(measure):
     """`measure` that also prints what it found: the log of a run in the background says how far it is."""
 
     def measured(*arguments):
-        figures = measure(*arguments)
-        print({name: round(value, 3) for name, value in figures.items()}, flush=True)
-        return figures
+        metrics = measure(*arguments)
+        print({name: round(value, 3) for name, value in metrics.items()}, flush=True)
+        return metrics
 
     return measured
 

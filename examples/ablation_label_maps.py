@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> None:
     if options.run:
         recipe.training = dataclasses.replace(recipe.training, steps=lengths[0])
         recipe = arm_recipe(recipe, options.arms[0], options.seeds[0])
-        result = run_arm(recipe, options.arms[0], curve_on="validation", figures=presence_figures)
+        result = run_arm(recipe, options.arms[0], curve_on="validation", metrics=presence_metrics_of)
         save_result(Path(options.run), result | {"learning_rate": recipe.training.learning_rate})
         return
 
@@ -81,15 +81,15 @@ def run(options: argparse.Namespace) -> None:
         print(Path(f"{name}.md").read_text("utf-8"))
 
 
-def presence_figures(model, processor, items) -> dict:
+def presence_metrics_of(model, processor, items) -> dict:
     """AUC of presence, from logit(yes) - logit(no), over all classes that are clearly there or not; POPE accuracies."""
     scores = yes_scores(model, processor, items)
-    return figures_of_scores(scores, items)
+    return metrics_of_scores(scores, items)
 
 
-def figures_of_scores(scores: dict[str, float], items) -> dict:
+def metrics_of_scores(scores: dict[str, float], items) -> dict:
     presence = presence_metrics(scores, items)
-    figures = {
+    metrics = {
         "macro AUC": presence["macro_auc"],
         "pooled AUC": presence["pooled_auc"],
         "AUC by class": presence["class_auc"],
@@ -101,8 +101,8 @@ def figures_of_scores(scores: dict[str, float], items) -> dict:
         questions = [question for item in part for question in item.questions]
         right = sum((scores[q.id] > 0) == (q.answer == "yes") for q in questions)
         if questions:
-            figures[f"{mode} accuracy"] = right / len(questions)
-    return figures
+            metrics[f"{mode} accuracy"] = right / len(questions)
+    return metrics
 
 
 def row(result: dict, small: list[str]) -> dict:
@@ -140,10 +140,10 @@ def prior_rows(recipe) -> list[dict]:
     scores = {
         q.id: source.prior[q.subject] - 0.5 for item in source.test for q in item.questions if q.kind == "existence"
     }
-    figures = figures_of_scores(scores, source.test)
-    figures = {name: value for name, value in figures.items() if not isinstance(value, dict)}
+    metrics = metrics_of_scores(scores, source.test)
+    metrics = {name: value for name, value in metrics.items() if not isinstance(value, dict)}
     shares = {f"training crops that show {name}": share for name, share in source.prior.items()}
-    return [{"arm": "text-only class prior", "seed": "", **figures, **shares}]
+    return [{"arm": "text-only class prior", "seed": "", **metrics, **shares}]
 
 
 if __name__ == "__main__":

@@ -51,13 +51,13 @@ def run(options: argparse.Namespace) -> None:
     recipe.training = dataclasses.replace(
         recipe.training, evaluate_every=50, steps=options.steps or recipe.training.steps
     )
-    # Other scenes than those whose figures `age-vlm demo` prints at every change of the recipe.
+    # Other scenes than those whose metrics `age-vlm demo` prints at every change of the recipe.
     recipe.data = dataclasses.replace(recipe.data, test_seed=1)
     if options.run:
         recipe = arm_recipe(recipe, options.arm, options.seeds[0])
         if options.rate:
             recipe.training = dataclasses.replace(recipe.training, learning_rate=options.rate)
-        result = run_arm(recipe, options.arm, curve_on="test", figures=lambda *a: answer_metrics(*a)[0])
+        result = run_arm(recipe, options.arm, curve_on="test", metrics=lambda *a: answer_metrics(*a)[0])
         save_result(Path(options.run), result | {"learning_rate": recipe.training.learning_rate})
         return
 
@@ -75,9 +75,9 @@ def run(options: argparse.Namespace) -> None:
         trials = [job("concatenation", options.seeds[0], rate) for rate in options.rates]
         tuned = run_all(__file__, trials, work, options.workers)
         for result in tuned:
-            figures = result["validation"]
-            adversarial = figures["pope/adversarial/accuracy"]
-            print(f"{result['learning_rate']}: mean {mean_accuracy(figures):.3f}, adversarial {adversarial:.3f}")
+            metrics = result["validation"]
+            adversarial = metrics["pope/adversarial/accuracy"]
+            print(f"{result['learning_rate']}: mean {mean_accuracy(metrics):.3f}, adversarial {adversarial:.3f}")
         rate = max(tuned, key=lambda result: mean_accuracy(result["validation"]))["learning_rate"]
         print(f"concatenation: learning rate {rate}, chosen on validation")
         jobs += [job("concatenation", seed, rate) for seed in options.seeds]
@@ -93,8 +93,8 @@ def run(options: argparse.Namespace) -> None:
     print(Path(f"{name}.md").read_text("utf-8"))
 
 
-def mean_accuracy(figures: dict) -> float:
-    return statistics.mean(value for name, value in figures.items() if name.endswith("/accuracy"))
+def mean_accuracy(metrics: dict) -> float:
+    return statistics.mean(value for name, value in metrics.items() if name.endswith("/accuracy"))
 
 
 def steps_to(accuracy: float, result: dict) -> int | str:
@@ -116,7 +116,7 @@ def row(result: dict) -> dict:
 
 
 def plot(results: list[dict], path: Path) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
+    metric, axes = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
     colours = dict(zip(ARMS, ("#7f7f7f", "#0072b2", "#d55e00", "#009e73")))
     for axis, key, title in (
         (axes[0], "adversarial_accuracy", "existence, adversarial: accuracy"),
@@ -135,7 +135,7 @@ def plot(results: list[dict], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].axhline(TARGET, color="black", linewidth=0.8, linestyle=":")
     axes[0].legend(loc="lower right", fontsize=8)
-    figure.savefig(path, dpi=110)
+    metric.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ class ConcatenationCollator:
     """The questions of a sample as independent texts that share one copy of the image's tokens.
 
     Every text starts with the same words up to the image, so a row is that beginning once, then each text's rest: a 4-D
-    mask lets every rest see the beginning and itself. The same figures as a row for each text, at a fraction of the cost.
+    mask lets every rest see the beginning and itself. The same metrics as a row for each text, at a fraction of the cost.
     """
 
     def __init__(self, processor, tokens: int):

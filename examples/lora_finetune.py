@@ -41,7 +41,7 @@ from age_vlm.training import AgeVlmTrainer, AlignmentConfig
 from age_vlm.training.lora import LORA_TARGETS, lora_config
 
 
-Figures = dict[str, float]
+Metrics = dict[str, float]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=16, help="images a step, each with all its questions")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--validation", type=int, default=100, help="images that the figures are taken on")
+    parser.add_argument("--validation", type=int, default=100, help="images that the metrics are taken on")
     # The example checkpoint has learned from the scenes of seed 0.
     parser.add_argument("--seed", type=int, default=1, help="of adapter, training images and their order")
     parser.add_argument("--output", default="runs/lora", help="folder of the adapter")
@@ -171,7 +171,7 @@ def add_words(model, processor, splitter: PreTrainedTokenizerFast, texts: Sequen
     return unknown
 
 
-def answers(model, processor, items: Sequence[EvaluationItem]) -> Figures:
+def answers(model, processor, items: Sequence[EvaluationItem]) -> Metrics:
     """Yes/no questions as POPE asks them, half of them about what is not there, by logit(yes) - logit(no)."""
     asked = split_items(items, lambda question: question.mode is not None)
     scores = yes_scores(model, processor, asked)
@@ -184,13 +184,13 @@ def answers(model, processor, items: Sequence[EvaluationItem]) -> Figures:
     return {"yes/no accuracy": sum(right) / len(right), "yes/no AUC": auc(given, truth)}
 
 
-def looks(phrases: PhraseAttention, alignment: AlignmentConfig) -> Figures:
+def looks(phrases: PhraseAttention, alignment: AlignmentConfig) -> Metrics:
     """Where the aligned blocks and heads look when they read the name of something visible."""
     mass, hits = phrases.scores(alignment.layers, alignment.head_indices(phrases.attention.shape[2]))
     return {"attention mass in the mask": float(mass.mean()), "pointing accuracy": float(hits.mean())}
 
 
-def chance(phrases: PhraseAttention) -> Figures:
+def chance(phrases: PhraseAttention) -> Metrics:
     """Answers by a coin, and attention that is the same everywhere."""
     return {
         "yes/no accuracy": 0.5,
@@ -205,13 +205,13 @@ def grey(item: EvaluationItem) -> EvaluationItem:
     return dataclasses.replace(item, image=PIL.Image.new("RGB", item.image.size, "grey"))
 
 
-def rows(table: dict[str, Figures]) -> list[list[str]]:
+def rows(table: dict[str, Metrics]) -> list[list[str]]:
     names = list(dict.fromkeys(name for column in table.values() for name in column))
     cells = [[f"{column[name]:.3f}" if name in column else "-" for column in table.values()] for name in names]
-    return [["figure", *table], *([name, *values] for name, values in zip(names, cells))]
+    return [["metric", *table], *([name, *values] for name, values in zip(names, cells))]
 
 
-def show(table: dict[str, Figures], title: str) -> None:
+def show(table: dict[str, Metrics], title: str) -> None:
     head, *body = rows(table)
     shown = plain_table(head, title)
     for row in body:
@@ -247,10 +247,10 @@ image.png --overlay where.png "question"` does all this, and paints where the mo
 Adapted: {target}, rank {rank}, and the gates of the cross-attention. {words}Parameters trained: {trained:,} of {total:,}.
 Data: {data}. {steps} steps of {batch_size} images, learning rate {learning_rate}, seed {seed}.
 
-## Figures
+## Metrics
 
 On {images} validation images, which were not trained on, one seed. Yes/no questions as POPE asks them, half of them about what is
-not there, answered by logit(yes) - logit(no). "grey image" is the same model shown none: what language alone gives. Attention figures
+not there, answered by logit(yes) - logit(no). "grey image" is the same model shown none: what language alone gives. Attention metrics
 are of the aligned heads.
 
 {table}
@@ -261,7 +261,7 @@ High attention inside a mask says where the model looked, not that its answer is
 """
 
 
-def card(options, images: int, table: dict[str, Figures], trained: int, total: int, words: list[str]) -> str:
+def card(options, images: int, table: dict[str, Metrics], trained: int, total: int, words: list[str]) -> str:
     hub = None if is_local(options.model) else options.model
     metadata = ModelCardData(
         library_name="peft",

@@ -77,13 +77,13 @@ def recipes(overrides: list[str]) -> tuple[dict[str, Recipe], Recipe]:
     joint.data = dataclasses.replace(joint.data, train=sum(stage.data.train for stage in stages.values()))
     joint.warm_start = first.warm_start
     for recipe in (*stages.values(), joint):
-        # Other scenes than those whose figures are printed whenever a recipe is changed.
+        # Other scenes than those whose metrics are printed whenever a recipe is changed.
         recipe.data = dataclasses.replace(recipe.data, test_seed=1)
     return stages, joint
 
 
 def run_arm(arm: str, seed: int, overrides: list[str], result: Path) -> dict:
-    """Trains one arm in a folder beside `result`, or goes on with it, and gathers its figures and curve."""
+    """Trains one arm in a folder beside `result`, or goes on with it, and gathers its metrics and curve."""
     logging.set_verbosity_error()
     stages, joint = recipes(overrides)
     described = {**dataclasses.asdict(joint), "stages": [dataclasses.asdict(stage) for stage in stages.values()]}
@@ -108,7 +108,7 @@ def run_arm(arm: str, seed: int, overrides: list[str], result: Path) -> dict:
         "arm": arm,
         "seed": seed,
         "steps": done,
-        "figures": records[-1]["figures"],
+        "metrics": records[-1]["metrics"],
         "curve": curve,
         "recipe": described,
         "environment": records[-1]["environment"],
@@ -123,7 +123,7 @@ def row(result: dict) -> dict:
         "seed": result["seed"],
         "steps": result["steps"],
         f"steps to adversarial {TARGET:.2f}, validation": reached[0] if reached else "never",
-        **result["figures"]["model"],
+        **result["metrics"]["model"],
     }
 
 

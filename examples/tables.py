@@ -11,7 +11,7 @@ from age_vlm.atomic_files import write_whole
 
 
 def environment_name(environment: dict) -> str:
-    """What the figures depend on besides the code, short enough for a file name."""
+    """What the metrics depend on besides the code, short enough for a file name."""
     device = re.sub(r"[^a-z0-9]+", "-", str(environment["device"]).lower()).strip("-")
     return f"{device}-torch{environment['torch'].split('+')[0]}-transformers{environment['transformers']}"
 
@@ -28,20 +28,20 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 
 def write_markdown(path: Path, rows: list[dict], *, by: str) -> None:
-    """Figures down, arms across; each cell is the median over seeds, with the lowest and highest in brackets."""
+    """Metrics down, arms across; each cell is the median over seeds, with the lowest and highest in brackets."""
     groups = list(dict.fromkeys(row[by] for row in rows))
     counts = {group: sum(row[by] == group for row in rows) for group in groups}
-    figures = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in (by, "seed")]
+    metrics = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in (by, "seed")]
     lines = [
         "| median (lowest to highest) | " + " | ".join(f"{group}, {counts[group]} runs" for group in groups) + " |",
         "|---" * (len(groups) + 1) + "|",
     ]
-    for figure in figures:
+    for metric in metrics:
         cells = []
         for group in groups:
-            values = [row.get(figure) for row in rows if row[by] == group]
+            values = [row.get(metric) for row in rows if row[by] == group]
             cells.append(_cell(values))
-        lines.append(f"| {figure} | " + " | ".join(cells) + " |")
+        lines.append(f"| {metric} | " + " | ".join(cells) + " |")
     path.write_text("\n".join(lines) + "\n", "utf-8")
 
 

@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
         if options.arm == TEACHER:
             source = with_masks_of(masks_folder(work, recipe), source)
         result = run_arm(
-            recipe, options.arm, curve_on="validation", figures=lambda *a: answer_metrics(*a)[0], source=source
+            recipe, options.arm, curve_on="validation", metrics=lambda *a: answer_metrics(*a)[0], source=source
         )
         save_result(Path(options.run), result)
         return
@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> None:
 def scenes_recipe(options: argparse.Namespace) -> tuple[Recipe, list[str]]:
     """The scenes recipe as the options have it, and what they change in it."""
     given = {"data.train": options.scenes, "training.steps": options.steps}
-    # Other test scenes than those whose figures `age-vlm demo` prints at every change of the recipe.
+    # Other test scenes than those whose metrics `age-vlm demo` prints at every change of the recipe.
     told = ["data.test_seed=1", *options.set, *(f"{key}={value}" for key, value in given.items() if value is not None)]
     return load_recipe(files("age_vlm") / "recipes" / "scenes.yaml", told), told
 
@@ -135,9 +135,9 @@ def grounded_scenes(recipe: Recipe, teacher: str, work: Path) -> dict[str, float
             Path(scratch, "scenes").rename(drawn)
     summary = ground(datasets.load_from_disk(drawn), masks, loaded, batch_size=32)
     left_out = summary.left_out_phrases.counts
-    figures = {"phrases": summary.phrases, "left out": sum(left_out.values()), "mean IoU": mean_iou(recipe, masks)}
-    print(json.dumps({"seed": recipe.seed, **figures, "reasons": dict(left_out)}), flush=True)
-    return figures
+    metrics = {"phrases": summary.phrases, "left out": sum(left_out.values()), "mean IoU": mean_iou(recipe, masks)}
+    print(json.dumps({"seed": recipe.seed, **metrics, "reasons": dict(left_out)}), flush=True)
+    return metrics
 
 
 def mean_iou(recipe: Recipe, masks: Path) -> float:

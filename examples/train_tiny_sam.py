@@ -5,7 +5,7 @@
 
 The classes are those of transformers, so the folder loads like a published SAM 2. It learns from boxes, from a point on the
 object, and from a second point where its answer to the first one is wrong (Kirillov et al. 2023, arXiv 2304.02643,
-appendix A). The figures on the way are of validation scenes, those at the end of test scenes.
+appendix A). The metrics on the way are of validation scenes, those at the end of test scenes.
 """
 
 import argparse
@@ -50,8 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch-size", type=int, default=8, help=f"scenes a step, each with {PROMPTS} objects")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--validation", type=int, default=100, help="scenes of the figures in training")
-    parser.add_argument("--test", type=int, default=500, help="scenes of the figures at the end")
+    parser.add_argument("--validation", type=int, default=100, help="scenes of the metrics in training")
+    parser.add_argument("--test", type=int, default=500, help="scenes of the metrics at the end")
     parser.add_argument("--seed", type=int, default=0, help="of weights, training scenes and prompts")
     options = parser.parse_args(arguments)
     return run_command("train_tiny_sam", lambda: run(options))
@@ -76,9 +76,9 @@ def run(options: argparse.Namespace) -> None:
     validation = [draw_scene("validation", index) for index in range(options.validation)]
 
     def measure(model: Sam2Model) -> dict[str, float]:
-        figures = evaluate(Sam2Teacher(model, processor), validation)
-        print({name: round(value, 3) for name, value in figures.items()}, flush=True)
-        return figures
+        metrics = evaluate(Sam2Teacher(model, processor), validation)
+        print({name: round(value, 3) for name, value in metrics.items()}, flush=True)
+        return metrics
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
@@ -94,9 +94,9 @@ def run(options: argparse.Namespace) -> None:
             callbacks=[curve],
         )
         train(trainer, sys.stderr.isatty())
-        figures = evaluate(Sam2Teacher(model, processor), [draw_scene("test", index) for index in range(options.test)])
+        metrics = evaluate(Sam2Teacher(model, processor), [draw_scene("test", index) for index in range(options.test)])
         metrics = {
-            "test": figures,
+            "test": metrics,
             "validation_curve": curve.points,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "seconds": time.monotonic() - started,
@@ -269,7 +269,7 @@ def mask_loss(output, target: torch.Tensor) -> torch.Tensor:
 def evaluate(teacher: Sam2Teacher, scenes: Sequence[Scene]) -> dict[str, float]:
     """Mean IoU with the exact masks over all objects, prompted by their boxes and by one point each, and the mean of the
     scores that the teacher gives itself."""
-    figures: dict[str, list[float]] = {}
+    metrics: dict[str, list[float]] = {}
     for first in range(0, len(scenes), 16):
         part = scenes[first : first + 16]
         prompts = {"box": [], "point": []}
@@ -282,14 +282,14 @@ def evaluate(teacher: Sam2Teacher, scenes: Sequence[Scene]) -> dict[str, float]:
             for scene, found in zip(part, answers):
                 for item, masks in zip(scene.objects, found):
                     iou = (masks.masks[0] & item.mask).sum() / (masks.masks[0] | item.mask).sum()
-                    figures.setdefault(f"{kind}: IoU", []).append(iou)
-                    figures.setdefault(f"{kind}: score", []).append(masks.scores[0])
-    return {name: float(np.mean(values)) for name, values in figures.items()}
+                    metrics.setdefault(f"{kind}: IoU", []).append(iou)
+                    metrics.setdefault(f"{kind}: score", []).append(masks.scores[0])
+    return {name: float(np.mean(values)) for name, values in metrics.items()}
 
 
 def show(metrics: dict) -> None:
     settings = metrics["settings"]
-    table = plain_table(["figure", "value"], f"{settings['test']} test scenes, seed {settings['seed']}")
+    table = plain_table(["metric", "value"], f"{settings['test']} test scenes, seed {settings['seed']}")
     for name, value in metrics["test"].items():
         table.add_row(f"{name}, mean", f"{value:.3f}")
     table.add_row("steps", f"{settings['steps']:,}")

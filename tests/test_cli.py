@@ -382,7 +382,7 @@ def test_names_are_printed_as_they_are(capsys, scenes, recipe, tmp_path):
     assert main(["pipeline", "recipes", *SHORT, "--output", name + "2"]) == 0
     printed = capsys.readouterr().out
     assert "[red]a: started" in printed and f"Checkpoint: {name}2/[red]a/checkpoint" in printed
-    assert re.search(r"figure .* \[red\]a", printed)
+    assert re.search(r"metric .* \[red\]a", printed)
 
 
 def test_train_without_a_recipe(capsys):
@@ -431,7 +431,7 @@ def test_a_pipeline_prints_a_table_of_its_stages(capsys, recipe, tmp_path):
     printed = capsys.readouterr().out
     assert "only: started" in printed and "Checkpoint: out/only/checkpoint" in printed
     table = printed[printed.index("test part of each") :]
-    assert re.search("figure .* only", table) and "pope/adversarial/accuracy" in table
+    assert re.search("metric .* only", table) and "pope/adversarial/accuracy" in table
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "only: complete already" in printed and printed.endswith(table)

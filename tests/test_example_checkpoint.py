@@ -27,15 +27,15 @@ def test_it_is_small_enough_for_the_repository():
     assert sum(file.stat().st_size for file in bundled_checkpoint().rglob("*")) <= 8 * 2**20
 
 
-def test_figures_on_some_test_scenes_are_those_of_the_card(checkpoint):
+def test_metrics_on_some_test_scenes_are_those_of_the_card(checkpoint):
     card = (bundled_checkpoint() / "README.md").read_text("utf-8")
     stated = {name: float(value) for name, value in re.findall(r"^\| (\S+) \| (0\.\d+|1\.0+) \|", card, re.MULTILINE)}
     items = scene_items("test", 60)
-    figures, _ = answer_metrics(*checkpoint, items)
-    figures |= grounding_metrics(*checkpoint, items)
+    metrics, _ = answer_metrics(*checkpoint, items)
+    metrics |= grounding_metrics(*checkpoint, items)
     # 60 of the card's 500 scenes: an accuracy of .9 over 120 questions has a standard error of .03.
     for name in ("pope/random/accuracy", "pope/adversarial/accuracy", "pointing_accuracy", "attention_mass"):
-        assert abs(figures[name] - stated[name]) < 0.1, name
+        assert abs(metrics[name] - stated[name]) < 0.1, name
 
 
 def test_it_answers_about_the_example_image(checkpoint):

@@ -124,9 +124,9 @@ def _run(recipe_path, options: argparse.Namespace, output: str | None) -> None:
     leave()
     if not is_main():
         return
-    table = plain_table(["figure", *metrics], title=f"{recipe.name}, test part, seed {recipe.seed}")
+    table = plain_table(["metric", *metrics], title=f"{recipe.name}, test part, seed {recipe.seed}")
     for row in table_rows(metrics):
-        table.add_row(row["figure"], *(f"{row[name]:.3f}" if name in row else "-" for name in metrics))
+        table.add_row(row["metric"], *(f"{row[name]:.3f}" if name in row else "-" for name in metrics))
     console = plain_console()
     console.print(table)
     console.print(f"Report: {folder / 'report.html'}", f"Checkpoint: {folder / 'checkpoint'}", sep="\n", soft_wrap=True)
@@ -143,13 +143,13 @@ def _pipeline(options: argparse.Namespace) -> None:
     from .training.distributed import is_main, leave
 
     console = plain_console(quiet=not is_main())
-    figures = run_stages(
+    metrics = run_stages(
         stages, options.output, on_stage=lambda name, state: console.print(f"{name}: {state}", soft_wrap=True)
     )
     leave()
-    table = plain_table(["figure", *figures], title="test part of each recipe's own data")
-    for row in table_rows(figures):
-        table.add_row(row["figure"], *(f"{row[name]:.3f}" if name in row else "-" for name in figures))
+    table = plain_table(["metric", *metrics], title="test part of each recipe's own data")
+    for row in table_rows(metrics):
+        table.add_row(row["metric"], *(f"{row[name]:.3f}" if name in row else "-" for name in metrics))
     console.print(table)
     last = Path(options.output) / list(stages)[-1]
     console.print(f"Report: {last / 'report.html'}", f"Checkpoint: {last / 'checkpoint'}", sep="\n", soft_wrap=True)

@@ -158,13 +158,13 @@ def test_blocks_and_images_that_are_not_there_are_found_before_training(source, 
 
 
 def stopped(recipe, source, folder, step):
-    """Runs until the figures of that step are asked for."""
+    """Runs until the metrics of that step are asked for."""
 
     def measure(model, processor):
         seen.append(1)
         if len(seen) == step:
             raise KeyboardInterrupt
-        return {"figure": len(seen)}
+        return {"metric": len(seen)}
 
     seen = []
     with pytest.raises(KeyboardInterrupt):
@@ -189,7 +189,7 @@ def test_what_was_stopped_goes_on_from_its_last_checkpoint(source, tmp_path, cap
     capfd.readouterr()
     again, _, log_again, points = fit(recipe, source, tmp_path / "stopped", measure=norm, resume=True, progress=False)
     assert [point["step"] for point in points] == [1, 2, 3, 4, 5] and points[2:] == curve[2:]
-    assert points[0] == {"step": 1, "figure": 1}  # of the run that was stopped
+    assert points[0] == {"step": 1, "metric": 1}  # of the run that was stopped
     assert "missing keys" not in capfd.readouterr().err
     assert log_again[:-1] == log[:-1]
     for name, value in whole.state_dict().items():
@@ -394,7 +394,7 @@ def test_the_ids_of_a_bad_batch_outlast_the_run_that_failed_of_it(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_a_run_that_failed_early_leaves_nothing_a_later_one_its_figures(tmp_path):
+def test_a_run_that_failed_early_leaves_nothing_a_later_one_its_metrics(tmp_path):
     for done, left in (([], []), (["metrics.json"], ["metrics.json", "recipe.yaml"])):
         with pytest.raises(RuntimeError):
             with run_folder(tmp_path / "run", overwrite=False) as folder:

@@ -56,9 +56,9 @@ def test_it_says_how_the_model_was_made_and_how_well_it_does():
         assert f"{name} {value}" in text
 
 
-def test_figures_are_a_table_with_a_column_a_row_of_figures():
+def test_metrics_are_a_table_with_a_column_a_row_of_metrics():
     lines = card_of(Recipe()).splitlines()
-    start = lines.index("| figure | model | blank image |")
+    start = lines.index("| metric | model | blank image |")
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start : start + 5]]
     assert table[1] == ["---"] * 3
     assert table[2:] == [

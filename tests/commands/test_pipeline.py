@@ -100,17 +100,17 @@ def test_stages_go_on_from_one_another_and_from_where_they_stopped(folder, tmp_p
         told.clear()
         return run_stages(stages, output, on_stage=lambda *news: told.append(news), progress=False, **options)
 
-    figures = run(stages)
-    assert told == [("a", "started"), ("b", "started")] and list(figures) == ["a", "b"]
+    metrics = run(stages)
+    assert told == [("a", "started"), ("b", "started")] and list(metrics) == ["a", "b"]
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
-    assert run(stages) == figures
+    assert run(stages) == metrics
     assert told == [("a", "complete already"), ("b", "complete already")]
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
 
     # As if the second had been stopped at its end.
     weights = (output / "b" / "checkpoint" / "model.safetensors").read_bytes()
     (output / "b" / "report.html").unlink()
-    assert run(stages) == figures
+    assert run(stages) == metrics
     assert told == [("a", "complete already"), ("b", "resumed")]
     assert (output / "b" / "checkpoint" / "model.safetensors").read_bytes() == weights
     # Wherever the folder is moved to.

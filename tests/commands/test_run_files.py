@@ -108,7 +108,7 @@ def test_a_resumed_run_keeps_what_its_user_put_beside_it(tmp_path):
         after = {name: (tmp_path / "run" / name) for name in before}
         assert {name: path.read_text() for name, path in after.items() if path.is_file()} == before
         run_recipe(recipe, tmp_path / "run", resume=True, progress=False)
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["figures"]
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["metrics"]
 
 
 def test_a_run_begun_before_a_key_was_new_is_resumed(tmp_path):

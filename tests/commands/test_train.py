@@ -85,7 +85,7 @@ def test_what_was_logged_and_measured_is_written(run):
     assert [entry["step"] for entry in log if "lm_loss" in entry] == [1, 2, 3]  # wherever it can be resumed from
     assert [entry["alignment_weight"] for entry in log[:3]] == pytest.approx([0.2, 0.2 * 2 / 3, 0.2 / 3])
     record = json.loads((folder / "metrics.json").read_text("utf-8"))
-    assert record["figures"] == metrics and record["seed"] == 3
+    assert record["metrics"] == metrics and record["seed"] == 3
     assert record["environment"] == json.loads((folder / "environment.json").read_text("utf-8"))
     assert [point["step"] for point in record["validation_curve"]] == [2, 4]
     expected = {f"pope/{mode}/{name}" for mode in ("random", "popular", "adversarial") for name in ("accuracy", "f1")}
@@ -232,13 +232,13 @@ def test_data_without_questions_are_trained_on_and_the_lack_is_said(tmp_path):
     with pytest.warns(UserWarning, match="asks no question about one image that is answered by yes or no"):
         metrics = run_recipe(recipe, tmp_path / "run", progress=False)
     assert metrics == {"model": {}, "blank image": {}}
-    assert "No figures" in (tmp_path / "run" / "report.html").read_text("utf-8")
+    assert "No metrics" in (tmp_path / "run" / "report.html").read_text("utf-8")
 
 
-def test_one_row_a_figure():
+def test_one_row_a_metric():
     rows = table_rows({"model": {"a": 0.5, "b": 1.0}, "control": {"c": 0.25, "a": 0.75}})
     assert rows == [
-        {"figure": "a", "model": 0.5, "control": 0.75},
-        {"figure": "b", "model": 1.0},
-        {"figure": "c", "control": 0.25},
+        {"metric": "a", "model": 0.5, "control": 0.75},
+        {"metric": "b", "model": 1.0},
+        {"metric": "c", "control": 0.25},
     ]

@@ -34,7 +34,7 @@ def test_splitting_keeps_images_that_have_such_questions(items):
     assert split_items(items, lambda question: False) == []
 
 
-def test_figures_are_those_of_the_answers(tiny, items):
+def test_metrics_are_those_of_the_answers(tiny, items):
     model, processor = tiny
     metrics, answers = answer_metrics(model=model, processor=processor, items=items)
     questions = [question for item in items for question in item.questions]
@@ -52,7 +52,7 @@ def test_figures_are_those_of_the_answers(tiny, items):
         assert 0 <= metrics[f"pope/{mode}/f1"] <= 1
 
 
-def test_grounding_figures_are_of_the_aligned_blocks_and_heads(tiny, items):
+def test_grounding_metrics_are_of_the_aligned_blocks_and_heads(tiny, items):
     model, processor = tiny
     phrases = phrase_attention(model, processor, items)
     for layers, heads, chosen in (([0], "half", [0, 1]), ([0, 1], "all", [0, 1, 2, 3]), ([1], [2], [2])):

@@ -68,7 +68,7 @@ def records_of(table):
 
 
 def counted(pairs, scorer):
-    """The figures by direct counting over (label, answer)."""
+    """The metrics by direct counting over (label, answer)."""
     read = [(label, parse(answer, scorer)) for label, answer in pairs]
     precise = [label == "yes" for label, said in read if said == "yes"]
     recallable = [
@@ -90,9 +90,9 @@ def counted(pairs, scorer):
 def test_splits_match_direct_counting(table, scorer):
     result = score(records_of(table), scorer)
     assert set(result["splits"]) == {mode for _, _, mode in table}
-    for mode, figures in result["splits"].items():
+    for mode, metrics in result["splits"].items():
         expected = counted([(label, answer) for label, answer, where in table if where == mode], scorer)
-        assert {key: figures[key] for key in expected} == pytest.approx(expected)
+        assert {key: metrics[key] for key in expected} == pytest.approx(expected)
 
 
 @given(rows, st.sampled_from(["vlmevalkit", "lmms-eval"]))
@@ -105,7 +105,7 @@ def test_pooled_aggregate(table, scorer):
 @given(rows)
 def test_official_aggregate_is_the_mean_of_the_splits(table):
     result = score(records_of(table), "official")
-    f1 = [figures["f1"] for figures in result["splits"].values()]
+    f1 = [metrics["f1"] for metrics in result["splits"].values()]
     assert result["aggregate"]["f1"] == pytest.approx(sum(f1) / len(f1))
     assert result["aggregate"]["count"] == len(table)
 
@@ -122,9 +122,9 @@ def test_order_does_not_matter(table, scorer, random):
 @given(st.lists(st.sampled_from(["yes", "no"]), min_size=1))
 def test_right_answers_score_one(labels):
     for scorer in SCORERS:
-        figures = score([PopeRecord(str(i), label, label) for i, label in enumerate(labels)], scorer)["aggregate"]
-        assert figures["accuracy"] == 1
-        assert figures["f1"] == (1 if "yes" in labels else 0)
+        metrics = score([PopeRecord(str(i), label, label) for i, label in enumerate(labels)], scorer)["aggregate"]
+        assert metrics["accuracy"] == 1
+        assert metrics["f1"] == (1 if "yes" in labels else 0)
 
 
 def test_lmms_eval_ignores_unknown_in_recall_but_not_in_accuracy():
@@ -143,7 +143,7 @@ def test_equal_records_are_one_in_a_set():
 def test_question_of_several_modes_counts_in_each():
     records = [PopeRecord("a", "yes", "yes", "random,popular"), PopeRecord("b", "no", "yes", "random")]
     result = score(records, "vlmevalkit")
-    assert {mode: figures["count"] for mode, figures in result["splits"].items()} == {"random": 2, "popular": 1}
+    assert {mode: metrics["count"] for mode, metrics in result["splits"].items()} == {"random": 2, "popular": 1}
     assert result["aggregate"]["count"] == 3
 
 

@@ -67,7 +67,7 @@ def loaded(folder: Path):
 
 
 @pytest.mark.parametrize("kind", ["scenes", "label maps"])
-def test_it_prints_the_figures_and_saves_the_adapter(main, label_maps, kind, tmp_path, capsys):
+def test_it_prints_the_metrics_and_saves_the_adapter(main, label_maps, kind, tmp_path, capsys):
     output = tmp_path / "adapter"
     options = (
         ["--target", "both", "--rank", "3"]
@@ -77,12 +77,12 @@ def test_it_prints_the_figures_and_saves_the_adapter(main, label_maps, kind, tmp
     base = shutil.copytree(bundled_checkpoint(), tmp_path / "base")
     assert main([*SHORT, *options, "--model", str(base), "--output", str(output)]) == 0
     printed = capsys.readouterr().out
-    figures = table(printed)
-    assert list(figures) == ROWS and all(len(values) == 4 for values in figures.values())
-    for before, after, blank, chance in figures.values():
+    metrics = table(printed)
+    assert list(metrics) == ROWS and all(len(values) == 4 for values in metrics.values())
+    for before, after, blank, chance in metrics.values():
         assert all(value == "-" or 0 <= float(value) <= 1 for value in (before, after, blank, chance))
     card = (output / "README.md").read_text("utf-8")
-    assert table(card) == figures
+    assert table(card) == metrics
     model, processor, known = loaded(output)
     trained = int(re.search(r"Parameters trained: ([\d,]+) of", printed)[1].replace(",", ""))
     assert f"{trained:,}" in card

@@ -39,7 +39,7 @@ def test_both_arms_have_the_same_budget(stages_example, overrides):
 
 def test_a_row_says_when_the_target_was_reached(stages_example):
     curve = [{"step": step, "adversarial_accuracy": value} for step, value in ((1, 0.5), (2, 0.91), (3, 0.95))]
-    result = {"arm": "four stages", "seed": 1, "steps": 3, "figures": {"model": {"a": 0.5}}, "curve": curve}
+    result = {"arm": "four stages", "seed": 1, "steps": 3, "metrics": {"model": {"a": 0.5}}, "curve": curve}
     row = stages_example.row(result)
     assert row == {
         "arm": "four stages",

@@ -1,4 +1,4 @@
-"""The chain from boxes over a teacher's masks to figures: what it compares, and that it runs and goes on."""
+"""The chain from boxes over a teacher's masks to metrics: what it compares, and that it runs and goes on."""
 
 import argparse
 import csv
@@ -96,7 +96,7 @@ def test_the_chain_runs_and_goes_on(example, teacher, tmp_path, capsys):
     recipe.seed = 1
     # In this process: `run_all` starts one for each run, and three more would have to load torch. It finds these done.
     work.mkdir()
-    figures = example.grounded_scenes(recipe, str(teacher), work)
+    metrics = example.grounded_scenes(recipe, str(teacher), work)
     results = {}
     for arm in example.ARMS:
         name, arguments = example.job(arm, 1, recipe, work, told)
@@ -110,17 +110,17 @@ def test_the_chain_runs_and_goes_on(example, teacher, tmp_path, capsys):
     assert {path.name for path in before if done[path] != before[path]} <= {"report.html"}, "what is done stays"
 
     asked = [item for n in range(4) for item in example.without_masks(draw_scene("train", n, seed=1))["groundings"]]
-    assert figures["phrases"] and figures["phrases"] + figures["left out"] == len(asked)
-    assert 0 < figures["mean IoU"] < 1
+    assert metrics["phrases"] and metrics["phrases"] + metrics["left out"] == len(asked)
+    assert 0 < metrics["mean IoU"] < 1
     (table,) = output.glob("teacher-masks-*.csv")
     with table.open() as file:
         rows = list(csv.DictReader(file))
     assert [row["arm"] for row in rows] == list(example.ARMS)
     for row in rows:
         assert (row["training scenes"], row["steps"], row["seed"]) == ("4", "2", "1")
-        for figure in ("pointing", "attention mass", "pope/adversarial/accuracy"):
-            assert float(row[figure]) == pytest.approx(results[row["arm"]]["test"][figure], abs=1e-4)
-    assert int(rows[-1]["masks of the teacher: phrases"]) == figures["phrases"]
+        for metric in ("pointing", "attention mass", "pope/adversarial/accuracy"):
+            assert float(row[metric]) == pytest.approx(results[row["arm"]]["test"][metric], abs=1e-4)
+    assert int(rows[-1]["masks of the teacher: phrases"]) == metrics["phrases"]
     shown = table.with_suffix(".md").read_text("utf-8")
     assert all(name in shown for name in ("share of the gain in pointing", *example.ARMS))
 

@@ -1,4 +1,4 @@
-"""What a run does beside training itself: figures on the way, and checkpoints that can be resumed."""
+"""What a run does beside training itself: metrics on the way, and checkpoints that can be resumed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .run_files import WHOLE
 
 
 class CurveCallback(TrainerCallback, ExportableState):
-    """Measures the model every so many steps, and at the end, and keeps the figures, also in resumable checkpoints."""
+    """Measures the model every so many steps, and at the end, and keeps the metrics, also in resumable checkpoints."""
 
     def __init__(self, measure: Callable[[PreTrainedModel], dict[str, float]], every: int):
         self.measure, self.every = measure, every

@@ -11,7 +11,7 @@ from ..training.distributed import engine, process_count
 
 
 def environment() -> dict[str, str | int]:
-    """What a figure depends on besides the code: versions, processor, threads, and how many processes, if several."""
+    """What a metric depends on besides the code: versions, processor, threads, and how many processes, if several."""
     several = {"processes": process_count(), "engine": engine()} if process_count() > 1 else {}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {

@@ -26,7 +26,7 @@ def model_card(
     """Markdown with the Hub's metadata in front, for a model that a recipe trained.
 
     Args:
-        metrics: figures on the test part, by row.
+        metrics: metrics on the test part, by row.
         environment: versions and machine that they were measured with.
         config: of the model, which knows what it was built from, also where the recipe starts from a checkpoint.
     """
@@ -50,7 +50,7 @@ def model_card(
         data_name=recipe.data.path and _shown(recipe.data.path),
         recipe_yaml=yaml.safe_dump(_without_paths(dataclasses.asdict(recipe)), sort_keys=False),
         columns=list(metrics),
-        figures=[(name, [row.get(name) for row in metrics.values()]) for name in names],
+        metrics=[(name, [row.get(name) for row in metrics.values()]) for name in names],
         environment=environment,
         train_samples=source.train_samples,
         test_images=len(source.test),

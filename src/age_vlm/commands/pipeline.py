@@ -63,7 +63,7 @@ def run_stages(
         on_stage: is told the name of each stage and what becomes of it: `complete already`, `resumed` or `started`.
 
     Returns:
-        Stage -> figures of its model on the test part of its data.
+        Stage -> metrics of its model on the test part of its data.
 
     Raises:
         UserError: one sentence, before anything runs for a stage whose recipe is not the one it was begun with, one that
@@ -75,14 +75,14 @@ def run_stages(
 
     output = Path(output)
     from_main(_check, stages, output)
-    figures, previous = {}, None
+    metrics, previous = {}, None
     for name, recipe in stages.items():
         folder = output / name
         begun = (folder / "recipe.yaml").is_file()
         on_stage(name, "complete already" if is_complete(folder) else "resumed" if begun else "started")
-        figures[name] = run_recipe(recipe, folder, resume=True, previous=previous, progress=progress)["model"]
+        metrics[name] = run_recipe(recipe, folder, resume=True, previous=previous, progress=progress)["model"]
         previous = folder / "checkpoint"
-    return figures
+    return metrics
 
 
 def _check(stages: dict[str, Recipe], output: Path) -> None:

@@ -1,4 +1,4 @@
-"""One HTML file that says what a run did: settings, figures, curves and example images. It needs no network."""
+"""One HTML file that says what a run did: settings, metrics, curves and example images. It needs no network."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def write_report(
         curves: name to (step, value) points; one small plot each.
         examples: each has `image` (PIL), `question`, `answer`, `expected`, and optionally `sheet` (PIL) from
             `overlay_sheet`, shown in place of the image; it needs no title, as question and answer stand above it.
-        notes: sentences under the title, such as limits of the figures.
+        notes: sentences under the title, such as limits of the metrics.
 
     Returns:
         The path written.

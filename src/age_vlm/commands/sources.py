@@ -261,7 +261,7 @@ def _dataset(recipe: DataRecipe, seed: int, evaluation: bool, held_out: HeldOutI
         if not source.test:
             warnings.warn(
                 f"data.path: the held-out part of '{recipe.path}' asks no question about one image that is answered by "
-                "yes or no, so there will be no figures.",
+                "yes or no, so there will be no metrics.",
                 stacklevel=3,
             )
     return source

@@ -1,4 +1,4 @@
-"""A recipe from start to end: data, training, figures on the test part, checkpoint, report."""
+"""A recipe from start to end: data, training, metrics on the test part, checkpoint, report."""
 
 from __future__ import annotations
 
@@ -53,16 +53,16 @@ def run_recipe(
         previous: checkpoint that a recipe with `model.checkpoint: previous` starts from.
 
     Returns:
-        Figures on the test part, one dict a row of the table: the model, and the controls `blank image` (the same
+        Metrics on the test part, one dict a row of the table: the model, and the controls `blank image` (the same
         model, shown a grey image: what it can answer from the language alone).
 
     Raises:
         UserError: one sentence, for a folder that exists, another recipe in it, data that cannot be read, a full disk.
     """
     folder = Path(folder)
-    resume, figures = from_main(_checked, recipe, folder, overwrite, resume)
-    if figures is not None:
-        return figures
+    resume, metrics = from_main(_checked, recipe, folder, overwrite, resume)
+    if metrics is not None:
+        return metrics
     started = time.monotonic()
     with together():
         source = load_sources(recipe)
@@ -75,21 +75,21 @@ def run_recipe(
 
 
 def _checked(recipe: Recipe, folder: Path, overwrite: bool, resume: bool) -> tuple[bool, dict[str, dict] | None]:
-    """Whether there is a run to resume, and its figures if it is complete."""
+    """Whether there is a run to resume, and its metrics if it is complete."""
     check_run_folder(folder, overwrite, resume)
     if not resume or not (folder / "recipe.yaml").is_file():
         return False, None
     check_same_recipe(folder, recipe)
     if is_complete(folder):
         remove_resumable(folder)
-        return True, stored_figures(folder)
+        return True, stored_metrics(folder)
     check_same_processes(folder)
     return True, None
 
 
-def stored_figures(folder: Path) -> dict[str, dict]:
-    """The figures of a complete run, as `run_recipe` returned them."""
-    return json.loads((folder / "metrics.json").read_text("utf-8"))["figures"]
+def stored_metrics(folder: Path) -> dict[str, dict]:
+    """The metrics of a complete run, as `run_recipe` returned them."""
+    return json.loads((folder / "metrics.json").read_text("utf-8"))["metrics"]
 
 
 def _begin(recipe: Recipe, folder: Path) -> None:
@@ -109,11 +109,11 @@ def _finish(
     started: float,
     resume: bool,
 ) -> dict[str, dict]:
-    """What is left to do when a model is trained: figures, checkpoint, report."""
+    """What is left to do when a model is trained: metrics, checkpoint, report."""
     write_whole(folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
     metrics = test_metrics(model, processor, recipe, source)
     seconds = time.monotonic() - started
-    record = {"figures": metrics, "seed": recipe.seed, "seconds": round(seconds, 1), "environment": environment()}
+    record = {"metrics": metrics, "seed": recipe.seed, "seconds": round(seconds, 1), "environment": environment()}
     write_whole(folder / "metrics.json", json.dumps(record | {"validation_curve": curve}, indent=2))
     card = model_card(recipe, metrics, environment(), source, model.config)
     save_checkpoint(model, processor, folder / CHECKPOINT_FOLDER, card)
@@ -137,9 +137,9 @@ def _finish(
         curves=curves,
         examples=examples(model, processor, source.test),
         notes=[
-            f"Figures are on {len(source.test)} test images that were neither trained on nor chosen on; one seed."
+            f"Metrics are on {len(source.test)} test images that were neither trained on nor chosen on; one seed."
             if source.test
-            else "No figures: the held-out samples ask no question that can be scored.",
+            else "No metrics: the held-out samples ask no question that can be scored.",
             f"The {'run, since it was resumed,' if resume else 'whole run'} took {seconds / 60:.1f} minutes.",
         ],
     )
@@ -148,7 +148,7 @@ def _finish(
 
 
 def curve_measure(recipe: Recipe, items: Sequence[EvaluationItem], images: int = 100):
-    """Figures that are cheap enough to take while training: existence by logits, and pointing, on some images."""
+    """Metrics that are cheap enough to take while training: existence by logits, and pointing, on some images."""
     items = items[:images]
     mode, name = (None, "yes_no_accuracy") if recipe.data.kind == "dataset" else ("adversarial", "adversarial_accuracy")
     asked = split_items(items, lambda question: question.kind == "existence" and question.mode == mode)
@@ -156,21 +156,21 @@ def curve_measure(recipe: Recipe, items: Sequence[EvaluationItem], images: int =
     visible = split_items(items, lambda question: question.mask is not None)
 
     def measure(model, processor) -> dict[str, float]:
-        figures = {}
+        metrics = {}
         if questions:
             scores = yes_scores(model, processor, asked)
             right = sum((scores[question.id] > 0) == (question.answer == "yes") for question in questions)
-            figures[name] = right / len(questions)
+            metrics[name] = right / len(questions)
         if visible:
             pointed = split_items(asked, lambda question: question.mask is not None) or visible
-            figures |= grounding_metrics(model, processor, pointed, recipe.alignment)
-        return figures
+            metrics |= grounding_metrics(model, processor, pointed, recipe.alignment)
+        return metrics
 
     return measure
 
 
 def test_metrics(model, processor, recipe: Recipe, source: DataSource) -> dict[str, dict[str, float]]:
-    """Rows of figures on the test part."""
+    """Rows of metrics on the test part."""
     metrics, _ = answer_metrics(model, processor, source.test)
     if split_items(source.test, lambda question: question.mask is not None):
         metrics |= grounding_metrics(model, processor, source.test, recipe.alignment)
@@ -194,15 +194,15 @@ def yes_no_metrics(scores: Mapping[str, float], items: Sequence[EvaluationItem])
         return {}
     given, truth = [scores[q.id] for q in questions], [q.answer == "yes" for q in questions]
     right = sum((score > 0) == yes for score, yes in zip(given, truth))
-    figures = {"yes_no/accuracy": right / len(questions), "yes_no/auc": auc(given, truth)}
-    return {name: value for name, value in figures.items() if not math.isnan(value)}
+    metrics = {"yes_no/accuracy": right / len(questions), "yes_no/auc": auc(given, truth)}
+    return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
 def table_rows(metrics: dict[str, dict[str, float]]) -> list[dict[str, str | float]]:
-    """One row a figure, one column a model or control."""
+    """One row a metric, one column a model or control."""
     names = list(dict.fromkeys(name for row in metrics.values() for name in row))
     return [
-        {"figure": name, **{column: values[name] for column, values in metrics.items() if name in values}}
+        {"metric": name, **{column: values[name] for column, values in metrics.items() if name in values}}
         for name in names
     ]
 

@@ -35,7 +35,7 @@ def class_prior(
 ) -> dict[str, float]:
     """P(class is present) over random crops of the training frames in which it is clearly present or absent.
 
-    This is all that a model can know without looking: report it beside any figure about presence.
+    This is all that a model can know without looking: report it beside any metric about presence.
     """
     there, asked = dict.fromkeys(maps.classes, 0), dict.fromkeys(maps.classes, 0)
     for presence in _sampled_presence(maps, crops, size, min_side, seed):

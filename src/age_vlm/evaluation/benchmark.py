@@ -1,4 +1,4 @@
-"""The figures of a model on evaluation images, as one table."""
+"""The metrics of a model on evaluation images, as one table."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def split_items(items: Sequence[EvaluationItem], wanted) -> list[EvaluationItem]
 
 
 def answer_metrics(model, processor, items: Sequence[EvaluationItem], *, scorer: str = "official") -> tuple[dict, dict]:
-    """Figures of the generated answers, and the answers by question id.
+    """Metrics of the generated answers, and the answers by question id.
 
     Returns:
         `pope/<mode>/{accuracy, f1, yes_ratio}` with POPE's own scorer, and `{count, colour, relation}/accuracy`, exact

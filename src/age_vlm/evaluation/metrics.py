@@ -1,4 +1,4 @@
-"""Figures that say where a model looked and how well it answered."""
+"""Metrics that say where a model looked and how well it answered."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """POPE scores as three projects compute them.
 
 POPE (Li et al., *Evaluating Object Hallucination in Large Vision-Language Models*, 2023) asks yes/no questions about
-objects. The projects that report it parse answers and aggregate differently, so a figure means nothing without the name
+objects. The projects that report it parse answers and aggregate differently, so a metric means nothing without the name
 of its scorer:
 
 - `official` (LLaVA `eval_pope`): text before the first ".", commas dropped, split at spaces; `No`, `not` or `no` is no,
@@ -30,7 +30,7 @@ class PopeRecord:
     """One question with the answer a model gave.
 
     `mode` is the split (`random`, `popular`, `adversarial`); comma-separated names count once in each, `None` counts in
-    the pooled figures only.
+    the pooled metrics only.
     """
 
     question_id: str
@@ -140,12 +140,12 @@ def _metrics(pairs: list[tuple[str, str]], scorer: str) -> dict[str, float]:
 
 
 def score(records: Iterable[PopeRecord], scorer: str = "official") -> dict[str, Any]:
-    """POPE figures of one model, computed as `scorer` does.
+    """POPE metrics of one model, computed as `scorer` does.
 
-    Returns `{"scorer": name, "splits": {mode: figures}, "aggregate": figures}`. Figures are fractions (VLMEvalKit
+    Returns `{"scorer": name, "splits": {mode: metrics}, "aggregate": metrics}`. Metrics are fractions (VLMEvalKit
     prints them times 100): `accuracy`, `precision`, `recall`, `f1`, `yes_ratio`, beside `count`, `predicted_yes_ratio`
     and `unknown_ratio`. An undefined ratio is 0. The aggregate of `official` is the mean of the splits, as papers
-    average the three F1 (without any split, the pooled figures); that of the others is pooled over all questions.
+    average the three F1 (without any split, the pooled metrics); that of the others is pooled over all questions.
 
     Two quirks of lmms-eval are kept: an unknown answer to a yes question lowers accuracy but not recall, and
     `yes_ratio` counts the labels. `predicted_yes_ratio` is the share of answers read as yes for every scorer.
@@ -168,9 +168,9 @@ def score(records: Iterable[PopeRecord], scorer: str = "official") -> dict[str, 
         pooled.extend([pair] * max(len(modes), 1))
         for mode in modes:
             splits.setdefault(mode, []).append(pair)
-    figures = {mode: _metrics(pairs, scorer) for mode, pairs in splits.items()}
+    metrics = {mode: _metrics(pairs, scorer) for mode, pairs in splits.items()}
     aggregate = _metrics(pooled, scorer)
-    if scorer == "official" and figures:
-        mean = {key: sum(split[key] for split in figures.values()) / len(figures) for key in aggregate}
+    if scorer == "official" and metrics:
+        mean = {key: sum(split[key] for split in metrics.values()) / len(metrics) for key in aggregate}
         aggregate = {**mean, "count": aggregate["count"]}
-    return {"scorer": scorer, "splits": figures, "aggregate": aggregate}
+    return {"scorer": scorer, "splits": metrics, "aggregate": aggregate}

@@ -1,7 +1,7 @@
 """The alignment loss: how far the cross-attention of a phrase is from the mask of what the phrase names.
 
 The paper (arXiv 2511.17793) distils masks of the Segment Anything Model into cross-attention; its equations are not
-known to us, so every form here is an option. The default is the one that the figures of docs/results.md are of.
+known to us, so every form here is an option. The default is the one that the metrics of docs/results.md are of.
 """
 
 from __future__ import annotations
