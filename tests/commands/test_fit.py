@@ -152,7 +152,7 @@ def test_blocks_and_images_that_are_not_there_are_found_before_training(source, 
     with pytest.raises(ValueError, match="^alignment.layers: got 5"):
         fit(recipe_of(alignment=AlignmentConfig(layers=[5])), source, tmp_path, progress=False)
     bare = copy.copy(source)
-    bare.images = None
+    bare.icons = None
     with pytest.raises(ValueError, match="^warm_start.steps: got 3, but this data has no single images"):
         fit(recipe_of(warm_start=WarmStartRecipe(steps=3)), bare, tmp_path, progress=False)
 

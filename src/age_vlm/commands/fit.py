@@ -12,7 +12,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..data.collator import AgeVlmCollator
-from ..errors import UserError
+from ..errors import UserError, checkpoint_errors
 from ..hub import save_adapter
 from ..modeling_agevlm import AgeVlmForConditionalGeneration
 from ..processing import AgeVlmProcessor
@@ -127,6 +127,8 @@ def fit(
     with together():
         set_seed(recipe.seed)
         model, processor = build_model(recipe.model, source, previous)
+        with checkpoint_errors():
+            recipe.alignment.check(model.config)
     checkpoint = from_main(_cleared, folder, resume)
     try:
         if checkpoint is None and recipe.warm_start.steps:
