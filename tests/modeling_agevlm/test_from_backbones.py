@@ -217,18 +217,31 @@ def test_of_several_reserved_tokens_model_and_processor_take_the_first(llama, tm
     assert processor.image_token_id == model.config.image_token_id == 2
 
 
-@pytest.mark.parametrize("file", [None, "{}"], ids=["no tokenizer", "a damaged one"])
-def test_without_a_tokenizer_the_last_token_stands_for_images(llama, tmp_path, caplog, monkeypatch, file):
-    timm_wrapper(tmp_path / "vision")
-    (tmp_path / "text").mkdir()
+def without_tokenizer(llama, folder):
+    folder.mkdir()
     for saved in set(llama.iterdir()) - set(llama.glob("*token*")):
-        shutil.copy(saved, tmp_path / "text")
-    if file is not None:
-        (tmp_path / "text" / "tokenizer.json").write_text(file)
+        shutil.copy(saved, folder)
+    return folder
+
+
+def test_without_a_tokenizer_the_last_token_stands_for_images(llama, tmp_path, caplog, monkeypatch):
+    timm_wrapper(tmp_path / "vision")
+    text = without_tokenizer(llama, tmp_path / "text")
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    model = AgeVlmForConditionalGeneration.from_backbones(tmp_path / "text", tmp_path / "vision")
+    model = AgeVlmForConditionalGeneration.from_backbones(text, tmp_path / "vision")
     assert model.config.image_token_id == TEXT["vocab_size"] - 1
     assert f"the last token of the vocabulary, {TEXT['vocab_size'] - 1}, stands for images" in caplog.text
+
+
+@pytest.mark.parametrize("file", ["{}", "{", '{"added_tokens": []}', '{"added_tokens": [], "model": {"type": "BPE"}}'])
+@pytest.mark.parametrize("cls", [AgeVlmForConditionalGeneration, AgeVlmProcessor], ids=["model", "processor"])
+def test_a_damaged_tokenizer_is_one_sentence(llama, tmp_path, cls, file):
+    timm_wrapper(tmp_path / "vision")
+    text = without_tokenizer(llama, tmp_path / "text")
+    (text / "tokenizer.json").write_text(file)
+    with pytest.raises(ValueError, match="^text: '.*' could not be loaded; expected a folder") as caught:
+        cls.from_backbones(text, tmp_path / "vision")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("argument", ["text", "vision"])
