@@ -39,6 +39,7 @@ INSTALL_REQUIRES = [
     "numpy>=2,<3",  # masks and drawing; pyarrow's wheels, which datasets needs, are for NumPy 2
     "tokenizers>=0.23.1,<1",  # the word-level tokenizer of models from scratch; required by transformers 5.24
     "inflect>=7.3,<8",  # English plurals in generated texts
+    "ijson>=3.3,<4",  # annotation files that are larger than memory
     "tqdm>=4.66,<5",  # progress bars
     "packaging>=24.2,<27",  # versions and ranges; has the licenses that setuptools asks for, with which torch compiles
 ]

@@ -45,7 +45,7 @@ FILES = {
 }
 VALUES = st.one_of(
     st.none(),
-    st.sampled_from([True, -1, 0, 10**400, 1e300, float("inf"), float("nan"), "", "x", "../1.jpg", "/", "\0"]),
+    st.sampled_from([True, -1, 0, 10**400, 1e300, "", "x", "../1.jpg", "/", "\0"]),
     st.sampled_from([[], {}, [[]], [{}], [None], {"counts": "0"}, [[1, 2, 3, 4]], [1] * 6]),
 )
 

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-import re
+from codecs import BOM_UTF8
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator
-from itertools import islice
+from decimal import Decimal
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, BinaryIO, NamedTuple
 
 import datasets
+import ijson
 
 from ...errors import UserError
 from ..rejects import LeftOut, Unusable
 from .index import Index, identity
 
-
-_CHUNK = 1 << 20  # characters
-_IN_NUMBERS = frozenset("0123456789.eE+-")
-_BLANKS = re.compile(r"[ \t\r\n]*")
-_DECODER = json.JSONDecoder()
 
 Table = str | Path | datasets.Dataset | datasets.IterableDataset
 
@@ -83,14 +80,16 @@ def read_json(file: str | Path, argument: str) -> Iterator[tuple[str | None, Any
         UserError: there is no such file, or it is not JSON to its end.
     """
     path = existing_file(file, argument)
-    with path.open(encoding="utf-8-sig") as stream:
-        try:
-            if path.suffix == ".jsonl":
+    try:
+        if path.suffix == ".jsonl":
+            with path.open(encoding="utf-8-sig") as stream:
                 yield from ((None, _parsed(line)) for line in stream if line.strip())
-            else:
-                yield from _Reader(stream).entries()
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{argument} must be a whole JSON file, got {str(path)!r}: {error}.") from None
+        else:
+            with path.open("rb") as file:
+                yield from _entries(file)
+    except (ijson.JSONError, UnicodeDecodeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{argument} must be a whole JSON file, got {str(path)!r}: {reason}.") from None
 
 
 def read_coco(file: str | Path, argument: str, left_out: LeftOut, wanted: Container[str] | None = None) -> CocoFile:
@@ -170,77 +169,44 @@ def _parsed(line: str) -> Any:
         return None
 
 
-class _Reader:
-    """A window that moves over a JSON text."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self.stream, self.window, self.position, self.ended = stream, "", 0, False
-
-    def entries(self) -> Iterator[tuple[str | None, Any]]:
-        if self._next() == "[":
-            for element in self._elements():
-                yield None, element
-        elif self._next() == "{":
-            for _ in self._items("}"):
-                key = self._value()
-                self._require(":")
-                if self._next() == "[":
-                    for element in self._elements():
-                        yield key, element
-                else:
-                    yield key, self._value()
-        else:
-            raise json.JSONDecodeError("Expecting an array or an object", self.window, self.position)
-        if self._next():
-            raise json.JSONDecodeError("Extra data", self.window, self.position)
-
-    def _elements(self) -> Iterator[Any]:
-        for _ in self._items("]"):
-            yield self._value()
-
-    def _items(self, end: str) -> Iterator[None]:
-        """Stops before each item of an array or object, and behind its end."""
-        self.position += 1
-        first = True
-        while self._next() != end:
-            if not first:
-                self._require(",")
-            first = False
-            yield
-        self.position += 1
-
-    def _require(self, character: str) -> None:
-        if self._next() != character:
-            raise json.JSONDecodeError(f"Expecting '{character}'", self.window, self.position)
-        self.position += 1
-
-    def _next(self) -> str:
-        """The next character that is not blank; none at the end."""
-        while True:
-            self.position = _BLANKS.match(self.window, self.position).end()
-            if self.position < len(self.window) or not self._read():
-                return self.window[self.position : self.position + 1]
-
-    def _value(self) -> Any:
-        self._next()
-        while True:
-            try:
-                value, end = _DECODER.raw_decode(self.window, self.position)
-            except json.JSONDecodeError as error:
-                # Cut off by the window's end, unless the fault is well before it.
-                cut = error.msg.startswith("Unterminated") or error.pos > len(self.window) - 16
-                if not cut or not self._read():
-                    raise
+def _entries(file: BinaryIO) -> Iterator[tuple[str | None, Any]]:
+    if file.read(len(BOM_UTF8)) != BOM_UTF8:
+        file.seek(0)
+    # Its own floats would do, but with them whole numbers of more than 64 bits are refused.
+    events = (
+        (event, float(value) if isinstance(value, Decimal) else value) for event, value in ijson.basic_parse(file)
+    )
+    opened, _ = next(events)
+    if opened == "start_array":
+        yield from ((None, element) for element in _elements(events))
+    elif opened == "start_map":
+        for event, key in events:
+            if event == "end_map":
+                break
+            first = next(events)
+            if first[0] == "start_array":
+                yield from ((key, element) for element in _elements(events))
             else:
-                # A number may go on behind the window's end, at which "1." and "1e-" are read as 1.
-                whole = end < len(self.window) and self.window[end] not in _IN_NUMBERS
-                if whole or not self._read():
-                    self.position = end
-                    return value
+                yield key, _value(first, events)
+    else:
+        raise ijson.JSONError("expected an array or an object")
+    for _ in events:  # nothing but blanks may follow
+        pass
 
-    def _read(self) -> bool:
-        rest = self.window[self.position :]
-        # As much as is there already: a long value is not parsed anew for each megabyte of it.
-        more = "" if self.ended else self.stream.read(max(_CHUNK, len(rest)))
-        self.window, self.position, self.ended = rest + more, 0, not more
-        return bool(more)
+
+def _elements(events: Iterator[tuple[str, Any]]) -> Iterator[Any]:
+    for event in events:
+        if event[0] == "end_array":
+            return
+        yield _value(event, events)
+
+
+def _value(first: tuple[str, Any], events: Iterator[tuple[str, Any]]) -> Any:
+    builder, depth = ijson.ObjectBuilder(), 0
+    for event, value in chain([first], events):
+        builder.event(event, value)
+        depth += event in ("start_map", "start_array")
+        depth -= event in ("end_map", "end_array")
+        if not depth:
+            break
+    return builder.value
