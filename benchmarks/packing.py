@@ -34,7 +34,7 @@ from transformers import set_seed  # noqa: E402
 from age_vlm.commands.build import build_model, set_trainable  # noqa: E402
 from age_vlm.commands.environment import environment  # noqa: E402
 from age_vlm.commands.fit import training_arguments  # noqa: E402
-from age_vlm.commands.recipe import load_recipe  # noqa: E402
+from age_vlm.commands.recipe_file import load_recipe  # noqa: E402
 from age_vlm.commands.sources import load_sources  # noqa: E402
 from age_vlm.data.collator import AgeVlmCollator  # noqa: E402
 from age_vlm.data.packing import packed_rows  # noqa: E402

@@ -37,7 +37,8 @@ from age_vlm.commands.environment import environment  # noqa: E402
 from age_vlm.commands.fit import training_arguments  # noqa: E402
 from age_vlm.commands.planning.model import PlannedModel  # noqa: E402
 from age_vlm.commands.planning.plan import Hardware, plan  # noqa: E402
-from age_vlm.commands.recipe import Recipe, load_recipe  # noqa: E402
+from age_vlm.commands.recipe import Recipe  # noqa: E402
+from age_vlm.commands.recipe_file import load_recipe  # noqa: E402
 from age_vlm.training.trainer import AgeVlmTrainer  # noqa: E402
 
 

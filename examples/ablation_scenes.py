@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 from ablation import ARMS, arm_recipe, run_all, run_arm, save_result
 from tables import environment_name, write_csv, write_markdown
 
-from age_vlm.commands.recipe import load_recipe
+from age_vlm.commands.recipe_file import load_recipe
 from age_vlm.errors import run_command
 from age_vlm.evaluation.benchmark import answer_metrics
 

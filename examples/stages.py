@@ -21,7 +21,8 @@ from tables import environment_name, write_csv, write_markdown
 from transformers import logging
 
 from age_vlm.commands.pipeline import load_stages, run_stages
-from age_vlm.commands.recipe import Recipe, load_recipe
+from age_vlm.commands.recipe import Recipe
+from age_vlm.commands.recipe_file import load_recipe
 from age_vlm.commands.train import run_recipe
 from age_vlm.errors import run_command
 

@@ -24,7 +24,8 @@ from pycocotools import mask as coco
 from tables import environment_name, write_csv, write_markdown
 from train_tiny_sam import box_of
 
-from age_vlm.commands.recipe import DataRecipe, Recipe, load_recipe
+from age_vlm.commands.recipe import DataRecipe, Recipe
+from age_vlm.commands.recipe_file import load_recipe
 from age_vlm.commands.sources import DataSource, load_source
 from age_vlm.data.masks import decode_mask, encode_mask
 from age_vlm.data.scene_questions import scene_sample

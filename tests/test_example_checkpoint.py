@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from age_vlm.commands.ask import ask, bundled_checkpoint
-from age_vlm.commands.recipe import load_recipe
+from age_vlm.commands.recipe_file import load_recipe
 from age_vlm.commands.sources import load_sources
 from age_vlm.commands.train import test_metrics as measured
 from age_vlm.configuration.checkpoint_code_agevlm import checkpoint_code

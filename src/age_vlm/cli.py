@@ -111,7 +111,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _run(recipe_path, options: argparse.Namespace, output: str | None) -> None:
-    from .commands.recipe import load_recipe
+    from .commands.recipe_file import load_recipe
 
     recipe = load_recipe(recipe_path, options.overrides)
     folder = Path(output or Path("runs") / recipe.name)

@@ -6,8 +6,9 @@ import errno
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 
 
@@ -16,6 +17,13 @@ class UserError(ValueError):
 
     Commands print the sentence and end with exit code 2. Any other exception is a fault of ours and keeps its traceback.
     """
+
+
+def one_of(given: object, known: Iterable[str]) -> str:
+    """`one of a, b, c (nearest: 'b')`: what was expected in the place of `given`, as the end of a sentence."""
+    known = list(known)
+    nearest = get_close_matches(str(given), known, n=1, cutoff=0.0)
+    return f"one of {', '.join(known)}" + (f" (nearest: '{nearest[0]}')" if nearest else "")
 
 
 def run_command(name: str, command: Callable[[], object], *, debug: bool = False) -> int:

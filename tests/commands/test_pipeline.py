@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from age_vlm.commands.pipeline import load_stages, run_stages
-from age_vlm.commands.recipe import load_recipe
+from age_vlm.commands.recipe_file import load_recipe
 from age_vlm.modeling_agevlm.components_agevlm import COMPONENTS
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 import re
 from difflib import SequenceMatcher
 from importlib.resources import files
@@ -9,7 +10,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from age_vlm.commands.recipe import PARTS, Recipe, TrainingRecipe, load_recipe
+from age_vlm.commands.fit import training_arguments
+from age_vlm.commands.recipe import COMPONENTS, RECIPE_ARGUMENTS, Recipe, TrainingRecipe
+from age_vlm.commands.recipe_file import load_recipe
+from age_vlm.errors import UserError
 
 
 SCENES = Path(str(files("age_vlm") / "recipes" / "scenes.yaml"))
@@ -53,7 +57,7 @@ def test_every_key_of_a_stage_says_what_it_is(path):
 
 def test_parts_that_are_all_frozen_and_rates_of_frozen_ones():
     with pytest.raises(ValueError, match="^training: got 'frozen' for all of vision, projector"):
-        load_recipe(SCENES, [f"training.{part}=frozen" for part in PARTS])
+        load_recipe(SCENES, [f"training.{part}=frozen" for part in COMPONENTS])
     with pytest.raises(
         ValueError, match="^training.learning_rates.vision: got a rate, but training.vision is 'frozen'"
     ):
@@ -62,7 +66,7 @@ def test_parts_that_are_all_frozen_and_rates_of_frozen_ones():
 
 def test_trackers_are_those_that_are_there():
     for name, words in (
-        ("tensorbord", "got 'tensorbord', expected some of .*trackio.* .nearest: 'tensorboard'"),
+        ("tensorbord", "got 'tensorbord', expected one of .*trackio.* .nearest: 'tensorboard'"),
         ("neptune", "got 'neptune', which is not installed .pip install neptune"),
         ("flyte", "got 'flyte', which is not installed .pip install flyte"),
     ):
@@ -78,7 +82,7 @@ def test_texts_are_those_that_the_data_have():
     for override, words in (
         (
             "data.texts=[colour]",
-            "^data.texts: got 'colour', expected some of caption, existence, count for kind 'label",
+            "^data.texts: got 'colour' for kind 'label_maps', expected one of caption, existence, count",
         ),
         ("data.texts=[count]", "^data.texts: got count alone, which needs data.instances"),
         ("data.held_out=0", "^data.held_out: got 0.0, expected a share, above 0"),
@@ -139,7 +143,7 @@ def test_a_misspelt_key_is_named_with_a_nearest_valid_one(key, data):
     values: dict = {misspelt: 1}
     for section in reversed(sections):
         values = {section: values}
-    from age_vlm.commands.recipe import build
+    from age_vlm.commands.recipe_file import build
 
     with pytest.raises(ValueError) as caught:
         build(Recipe, values)
@@ -170,9 +174,9 @@ def test_a_misspelt_key_is_named_with_a_nearest_valid_one(key, data):
         ("training.warmup=30", "^training.warmup: got 30"),
         ("training.adam_beta2=1", "^training.adam_beta2: got 1"),
         ("training.train=[vision]", "^training.train: unknown key"),
-        ("training.vision=frozn", "^training.vision: got 'frozn', expected 'frozen' or 'full' .*nearest: 'frozen'"),
-        ("training.vision=lora", "^training.vision: got 'lora', expected 'frozen' or 'full'"),
-        ("training.language_model=lor", "^training.language_model: got 'lor', expected 'frozen', 'full' or 'lora'"),
+        ("training.vision=frozn", "^training.vision: got 'frozn', expected one of frozen, full .nearest: 'frozen'"),
+        ("training.vision=lora", "^training.vision: got 'lora', expected one of frozen, full"),
+        ("training.language_model=lor", "^training.language_model: got 'lor', expected one of frozen, full, lora"),
         ("training.projector=false", "^training.projector: got False, expected str"),
         ("training.learning_rates={vison: 1e-3}", "^training.learning_rates: got 'vison', .*nearest: 'vision'"),
         ("training.learning_rates={vision: fast}", "^training.learning_rates.vision: got 'fast', expected float"),
@@ -192,13 +196,13 @@ def test_a_misspelt_key_is_named_with_a_nearest_valid_one(key, data):
         ("training=5", "^training: got 5, expected keys and values"),
         ("training.steps.more=5", "^override: 'steps' in 'training.steps.more=5' has no keys"),
         ("warm_start.steps=-1", "^warm_start.steps: got -1"),
-        ("data.kind=scene", "^data.kind: got 'scene', expected 'scenes', 'label_maps' or 'dataset'"),
+        ("data.kind=scene", "^data.kind: got 'scene', expected one of scenes, label_maps, dataset"),
         ("data.kind=dataset", "^data.path: got none, expected the folder or Hub name"),
         ("data.weight=0", "^data.weight: got 0.0, expected more than 0"),
-        ("data.texts=[captions]", "^data.texts: got 'captions', .*nearest: 'caption'"),
+        ("data.texts=[captions]", "^data.texts: got 'captions' for kind 'scenes', .*nearest: 'caption'"),
         ("data.texts=[]", "^data.texts: got an empty list"),
         ("data.held_out=1", "^data.held_out: got 1.0, expected a share"),
-        ("mix=[{kind: scene}]", "^mix.0.kind: got 'scene', expected 'scenes'"),
+        ("mix=[{kind: scene}]", "^mix.0.kind: got 'scene', expected one of scenes"),
         ("mix=[{kind: dataset}]", "^mix.0.path: got none"),
         ("mix=[{}, {weight: -1}]", "^mix.1.weight: got -1.0"),
         ("mix=[{knd: scenes}]", "^mix.0.knd: unknown key, .*nearest: 'kind'"),
@@ -270,8 +274,49 @@ def test_schedules_are_those_transformers_makes_without_more_arguments():
     import torch
     from transformers import get_scheduler
 
-    from age_vlm.commands.recipe import SCHEDULES
+    from age_vlm.commands.recipe import LR_SCHEDULES
 
-    for name in SCHEDULES:
+    for name in LR_SCHEDULES:
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=TrainingRecipe().learning_rate)
         get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=5)
+
+
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        ("{optim: adafactor}", None),
+        ("{max_steps: 3}", r"^training.arguments: got 'max_steps', which is set by training.steps"),
+        (
+            "{optm: adafactor}",
+            r"^training.arguments: got 'optm', expected fields of TrainingArguments .nearest: 'optim'",
+        ),
+        ("7", r"^training.arguments: got 7, expected dict"),
+    ],
+)
+def test_other_arguments_are_those_of_the_trainer(value, words):
+    if words is None:
+        assert load_recipe(SCENES, [f"training.arguments={value}"]).training.arguments == {"optim": "adafactor"}
+        return
+    with pytest.raises(UserError, match=words) as caught:
+        load_recipe(SCENES, [f"training.arguments={value}"])
+    assert "\n" not in str(caught.value)
+
+
+def test_what_the_recipe_sets_itself_is_what_may_not_be_passed_on(tmp_path):
+    """Both lists of names are one."""
+    set_here = inspect.getsource(training_arguments)
+    names = set(re.findall(r"^        (\w+)=", set_here, re.MULTILINE)) | {
+        "activation_checkpointing",
+        "activation_checkpointing_kwargs",
+    }
+    assert names <= set(RECIPE_ARGUMENTS)
+    assert set(RECIPE_ARGUMENTS) - names <= {"num_train_epochs", "gradient_checkpointing"}
+
+
+def test_other_arguments_reach_the_trainer(tmp_path):
+    training = TrainingRecipe(arguments={"optim": "adafactor", "label_smoothing_factor": 0.1})
+    arguments = training_arguments(training, 0, tmp_path, progress=False)
+    assert arguments.optim == "adafactor" and arguments.label_smoothing_factor == 0.1
+    with pytest.raises(UserError, match="^training.arguments: .*adamgold") as caught:
+        training_arguments(TrainingRecipe(arguments={"optim": "adamgold"}), 0, tmp_path, progress=False)
+    assert "\n" not in str(caught.value)

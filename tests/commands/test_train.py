@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from age_vlm.commands.recipe import load_recipe
+from age_vlm.commands.recipe_file import load_recipe
 from age_vlm.commands.sources import load_source
 from age_vlm.commands.train import run_recipe, table_rows
 from age_vlm.data.scene_datasets import to_dataset

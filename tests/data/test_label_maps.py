@@ -21,7 +21,7 @@ from age_vlm.data.label_maps import (
     label_map_sample,
 )
 from age_vlm.data.masks import decode_mask
-from age_vlm.data.questions import MODES
+from age_vlm.data.questions import POPE_MODES
 from age_vlm.data.schema import message_text, validate_sample
 
 
@@ -264,7 +264,7 @@ def test_items_are_balanced_labelled_and_repeatable(counted):
                 assert (question.mask is None) == (question.answer == "no")
                 if question.mask is not None:
                     assert np.array_equal(decode_mask(question.mask), labels == CLASSES.index(name))
-        for mode in MODES:
+        for mode in POPE_MODES:
             answers = Counter(q.answer for q in item.questions if q.mode == mode)
             assert answers["yes"] == answers["no"]
             modes[mode] += answers["yes"]

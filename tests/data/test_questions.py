@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from age_vlm.data.questions import MODES, KindStatistics, existence_negatives
+from age_vlm.data.questions import POPE_MODES, KindStatistics, existence_negatives
 
 
 KINDS = [f"kind{i}" for i in range(8)]
@@ -30,7 +30,7 @@ def test_negatives_are_absent_distinct_and_of_highest_score(present, frequency, 
         pool=pool,
     )
     absent = set(KINDS) - present
-    assert tuple(chosen) == MODES
+    assert tuple(chosen) == POPE_MODES
     for kinds in chosen.values():
         assert len(kinds) == len(set(kinds)) == min(count, len(absent))
         assert set(kinds) <= absent

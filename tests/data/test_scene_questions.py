@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from age_vlm.data.masks import decode_mask
-from age_vlm.data.questions import MODES, NUMBER_WORDS
+from age_vlm.data.questions import NUMBER_WORDS, POPE_MODES
 from age_vlm.data.scene_questions import scene_questions, scene_sample
 from age_vlm.data.scenes import COLOURS, SHAPES, SPLITS, SceneConfig, draw_scene, training_frequency
 from age_vlm.data.schema import message_text, validate_sample
@@ -138,7 +138,7 @@ def test_evaluation_asks_each_mode_once_about_present_and_once_about_absent(scen
     assert questions == scene_questions(scene)
     assert len({q.id for q in questions}) == len(questions)
     asked = Counter((q.mode, q.answer) for q in questions if q.kind == "existence")
-    assert asked == {(mode, answer): 1 for mode in MODES for answer in ("yes", "no")}
+    assert asked == {(mode, answer): 1 for mode in POPE_MODES for answer in ("yes", "no")}
     assert {q.kind for q in questions} >= {"existence", "count", "relation"}
     for question in questions:
         assert question.image_id == scene.id
@@ -158,12 +158,12 @@ def negative(questions, mode):
 
 def test_evaluation_negatives_are_what_their_mode_says():
     frequency = training_frequency(CONFIG)
-    chosen = {mode: Counter() for mode in MODES}
+    chosen = {mode: Counter() for mode in POPE_MODES}
     for scene in held_out():
         questions = scene_questions(scene)
         kinds = {o.kind for o in scene.objects}
         absent = [kind for kind in CONFIG.kinds if kind not in kinds]
-        for mode in MODES:
+        for mode in POPE_MODES:
             chosen[mode][negative(questions, mode)] += 1
         popular = frequency[negative(questions, "popular")]
         assert popular >= sorted((frequency[kind] for kind in absent), reverse=True)[2]
@@ -199,6 +199,6 @@ def test_other_palettes_draw_and_speak_too(config, split):
         validate_sample(sample)
         assert {o.shape for o in scene.objects} <= set(config.shapes)
         assert {o.colour for o in scene.objects} <= set(config.colours)
-        for mode in MODES:
+        for mode in POPE_MODES:
             answers = Counter(q.answer for q in scene_questions(scene, config) if q.mode == mode)
             assert answers["yes"] == answers["no"]

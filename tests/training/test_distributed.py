@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from age_vlm.commands.recipe import load_recipe
+from age_vlm.commands.recipe_file import load_recipe
 from age_vlm.commands.sources import load_sources
 from age_vlm.data.schema import FEATURES, assistant_message, user_message
 

@@ -37,7 +37,7 @@ def training_arguments(
 ) -> TrainingArguments:
     checkpointing = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
     checkpointing = checkpointing if recipe.gradient_checkpointing else {}
-    return kind(
+    settings = dict(
         output_dir=str(folder),
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.batch_size,
@@ -66,6 +66,12 @@ def training_arguments(
         seed=seed,
         disable_tqdm=not progress,
     )
+    try:
+        return kind(**settings, **recipe.arguments)
+    except (TypeError, ValueError) as error:
+        if not recipe.arguments:
+            raise
+        raise UserError(f"training.arguments: {' '.join(str(error).split())}") from error
 
 
 def warm_vision(

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import UserError, reading
-from .recipe import PREVIOUS, Recipe, load_recipe
+from .recipe import PREVIOUS, Recipe
+from .recipe_file import load_recipe
 
 
 def load_stages(folder: str | Path, overrides: Sequence[str] = ()) -> dict[str, Recipe]:

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import re
-import types
-import typing
 from dataclasses import dataclass, field
-from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ..configuration import PRESETS, AlignmentConfig
-from ..errors import UserError, checkpoint_errors, reading
-from ..modeling_agevlm.components_agevlm import COMPONENTS as PARTS
+from ..errors import UserError, one_of
+from ..modeling_agevlm.components_agevlm import COMPONENTS
 
 
 # `model.checkpoint` of a recipe that goes on from the one before it in a folder of recipes.
@@ -47,10 +41,7 @@ class ModelRecipe:
         if strange := [key for key in self.config if not isinstance(key, str)]:
             raise UserError(f"model.config: got the key {strange[0]!r}, expected names of fields of AgeVlmConfig.")
         if self.preset not in PRESETS:
-            nearest = get_close_matches(self.preset, PRESETS, n=1, cutoff=0.0)[0]
-            raise UserError(
-                f"model.preset: got '{self.preset}', expected one of {', '.join(PRESETS)} (nearest: '{nearest}')."
-            )
+            raise UserError(f"model.preset: got '{self.preset}', expected {one_of(self.preset, PRESETS)}.")
         if (self.text is None) != (self.vision is None):
             raise UserError("model.text, model.vision: got one without the other, expected both or neither.")
         if self.dtype not in (None, "float32", "bfloat16"):
@@ -91,7 +82,7 @@ class DataRecipe:
 
     def __post_init__(self):
         if self.kind not in TEXTS:
-            raise UserError(f"data.kind: got '{self.kind}', expected {_or(TEXTS)}.")
+            raise UserError(f"data.kind: got '{self.kind}', expected {one_of(self.kind, TEXTS)}.")
         if self.kind == "label_maps" and not (self.images and self.labels and self.classes):
             raise UserError("data: kind 'label_maps' needs images, labels and classes, got at least one of them empty.")
         if self.kind == "dataset" and not self.path:
@@ -126,11 +117,7 @@ class DataRecipe:
             raise UserError("data.texts: got an empty list, expected at least one kind of text, or null for all.")
         for text in self.texts:
             if text not in possible:
-                nearest = get_close_matches(text, possible, n=1, cutoff=0.0)[0]
-                raise UserError(
-                    f"data.texts: got '{text}', expected some of {', '.join(possible)} for kind '{self.kind}' "
-                    f"(nearest: '{nearest}')."
-                )
+                raise UserError(f"data.texts: got '{text}' for kind '{self.kind}', expected {one_of(text, possible)}.")
         if self.kind == "label_maps" and self.texts == ["count"] and not self.instances:
             raise UserError("data.texts: got count alone, which needs data.instances.")
 
@@ -167,7 +154,7 @@ class LoraRecipe:
 
 @dataclass
 class TrainingRecipe:
-    """Length, batch and optimizer, and for each part of the model whether it is `frozen`, or trained in `full` or by
+    """Length, batch and optimizer, and for each component of the model whether it is `frozen`, or trained in `full` or by
     `lora`."""
 
     steps: int = 1000
@@ -198,36 +185,38 @@ class TrainingRecipe:
     save_every: int = 0
     workers: int = 0
     report_to: list[str] = field(default_factory=list)
+    arguments: dict[str, Any] = field(default_factory=dict)
 
     @property
     def modes(self) -> dict[str, str]:
         """Part -> `frozen`, `full` or `lora`."""
-        return {part: getattr(self, part) for part in PARTS}
+        return {component: getattr(self, component) for component in COMPONENTS}
 
     def __post_init__(self):
-        for part, mode in self.modes.items():
-            possible = MODES if part in LORA_PARTS else MODES[:2]
+        for component, mode in self.modes.items():
+            possible = COMPONENT_MODES if component in LORA_COMPONENTS else COMPONENT_MODES[:2]
             if mode not in possible:
-                nearest = get_close_matches(mode, possible, n=1, cutoff=0.0)[0]
-                raise UserError(f"training.{part}: got '{mode}', expected {_or(possible)} (nearest: '{nearest}').")
+                raise UserError(f"training.{component}: got '{mode}', expected {one_of(mode, possible)}.")
         if set(self.modes.values()) == {"frozen"}:
-            raise UserError(f"training: got 'frozen' for all of {', '.join(PARTS)}, expected at least one that learns.")
-        for part, rate in self.learning_rates.items():
-            if part not in PARTS:
-                nearest = get_close_matches(str(part), PARTS, n=1, cutoff=0.0)[0]
+            raise UserError(
+                f"training: got 'frozen' for all of {', '.join(COMPONENTS)}, expected at least one that learns."
+            )
+        for component, rate in self.learning_rates.items():
+            if component not in COMPONENTS:
                 raise UserError(
-                    f"training.learning_rates: got '{part}', expected parts of {', '.join(PARTS)} (nearest: '{nearest}')."
+                    f"training.learning_rates: got '{component}', expected {one_of(component, COMPONENTS)}."
                 )
-            if self.modes[part] == "frozen":
-                raise UserError(f"training.learning_rates.{part}: got a rate, but training.{part} is 'frozen'.")
+            if self.modes[component] == "frozen":
+                raise UserError(
+                    f"training.learning_rates.{component}: got a rate, but training.{component} is 'frozen'."
+                )
             if rate < 0:
-                raise UserError(f"training.learning_rates.{part}: got {rate}, expected at least 0.")
+                raise UserError(f"training.learning_rates.{component}: got {rate}, expected at least 0.")
         if self.precision not in ("fp32", "bf16", "fp16"):
             raise UserError(f"training.precision: got '{self.precision}', expected 'fp32', 'bf16' or 'fp16'.")
-        if self.schedule not in SCHEDULES:
-            nearest = get_close_matches(self.schedule, SCHEDULES, n=1, cutoff=0.0)[0]
+        if self.schedule not in LR_SCHEDULES:
             raise UserError(
-                f"training.schedule: got '{self.schedule}', expected one of {', '.join(SCHEDULES)} (nearest: '{nearest}')."
+                f"training.schedule: got '{self.schedule}', expected {one_of(self.schedule, LR_SCHEDULES)}."
             )
         if not 0 <= self.adam_beta2 < 1:
             raise UserError(f"training.adam_beta2: got {self.adam_beta2}, expected at least 0 and below 1.")
@@ -243,9 +232,23 @@ class TrainingRecipe:
         if self.non_finite not in ("stop", "skip"):
             raise UserError(f"training.non_finite: got '{self.non_finite}', expected 'stop' or 'skip'.")
         self._check_report_to()
+        self._check_arguments()
         _at_least(self, "training", 1, "steps", "batch_size", "gradient_accumulation", "log_every", "evaluate_every")
         _at_least(self, "training", 0, "learning_rate", "weight_decay", "max_grad_norm", "save_every", "workers")
         _at_least(self, "training", 0, "spike_threshold")
+
+    def _check_arguments(self) -> None:
+        if not self.arguments:
+            return
+        from transformers import TrainingArguments
+
+        known = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
+        for name in self.arguments:
+            if name in RECIPE_ARGUMENTS:
+                raise UserError(f"training.arguments: got '{name}', which is set by {RECIPE_ARGUMENTS[name]}.")
+            if name not in known:
+                nearest = one_of(name, known).rpartition("(")[2]
+                raise UserError(f"training.arguments: got '{name}', expected fields of TrainingArguments ({nearest}.")
 
     def _check_report_to(self) -> None:
         if not self.report_to:
@@ -259,11 +262,8 @@ class TrainingRecipe:
         installed = get_available_reporting_integrations()
         for name in self.report_to:
             if name not in INTEGRATION_TO_CALLBACK:
-                nearest = get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1, cutoff=0.0)[0]
-                raise UserError(
-                    f"training.report_to: got '{name}', expected some of {', '.join(sorted(INTEGRATION_TO_CALLBACK))} "
-                    f"(nearest: '{nearest}')."
-                )
+                known = sorted(INTEGRATION_TO_CALLBACK)
+                raise UserError(f"training.report_to: got '{name}', expected {one_of(name, known)}.")
             # transformers looks for flyte only when it is used.
             if not (is_flytekit_available() if name == "flyte" else name in installed):
                 raise UserError(f"training.report_to: got '{name}', which is not installed (pip install {name}).")
@@ -295,17 +295,45 @@ TEXTS = {
     "label_maps": ("caption", "existence", "count"),
     "dataset": (),
 }
-MODES = ("frozen", "full", "lora")
-LORA_PARTS = ("cross_attention", "language_model")
+COMPONENT_MODES = ("frozen", "full", "lora")
+LORA_COMPONENTS = ("cross_attention", "language_model")
 # Of `training`: what becomes of a step that goes wrong, not what is learned from the others.
 WATCH_KEYS = ("non_finite", "spike_threshold")
 # Those of transformers that need nothing but the number of steps.
-SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
+LR_SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 
 
-def _or(words: typing.Iterable[str]) -> str:
-    *first, last = (f"'{word}'" for word in words)
-    return f"{', '.join(first)} or {last}"
+# Field of `TrainingArguments` that `training.arguments` may not set -> what sets it.
+RECIPE_ARGUMENTS = {
+    "output_dir": "--output",
+    "max_steps": "training.steps",
+    "num_train_epochs": "training.steps",
+    "per_device_train_batch_size": "training.batch_size",
+    "gradient_accumulation_steps": "training.gradient_accumulation",
+    "learning_rate": "training.learning_rate",
+    "weight_decay": "training.weight_decay",
+    "adam_beta2": "training.adam_beta2",
+    "warmup_steps": "training.warmup",
+    "lr_scheduler_type": "training.schedule",
+    "max_grad_norm": "training.max_grad_norm",
+    "bf16": "training.precision",
+    "fp16": "training.precision",
+    "use_cpu": "the machine",
+    "logging_steps": "training.log_every",
+    "logging_nan_inf_filter": "training.non_finite",
+    "save_strategy": "training.save_every",
+    "save_steps": "training.save_every",
+    "save_total_limit": "training.save_every",
+    "activation_checkpointing": "training.gradient_checkpointing",
+    "activation_checkpointing_kwargs": "training.gradient_checkpointing",
+    "gradient_checkpointing": "training.gradient_checkpointing",
+    "report_to": "training.report_to",
+    "run_name": "name",
+    "remove_unused_columns": "the collator, which needs all",
+    "dataloader_num_workers": "training.workers",
+    "seed": "seed",
+    "disable_tqdm": "the terminal",
+}
 
 
 def _at_least(recipe: Any, section: str, lowest: float, *names: str) -> None:
@@ -313,114 +341,3 @@ def _at_least(recipe: Any, section: str, lowest: float, *names: str) -> None:
         if not getattr(recipe, name) >= lowest:
             where = f"{section}.{name}" if section else name
             raise UserError(f"{where}: got {getattr(recipe, name)}, expected at least {lowest}.")
-
-
-def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
-    """Reads a recipe; `overrides` are `section.key=value` with values in YAML, `mix.0.key=value` for items of a list.
-
-    Raises:
-        UserError: one sentence, for a file that is not there or no YAML, an unknown key (with the nearest one), or a
-            value of another type.
-    """
-    path = Path(path)
-    with reading("recipe", path):
-        if not path.is_file():
-            raise UserError(f"recipe: '{path}' is not a file, expected a YAML file.")
-        text = path.read_bytes()
-    try:
-        values = yaml.safe_load(text.decode()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe: '{path}' is not YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(values, dict):
-        raise UserError(f"recipe: '{path}' holds {values!r}, expected keys and values.")
-    for override in overrides:
-        key, separator, value = override.partition("=")
-        if not separator:
-            raise UserError(f"override: got '{override}', expected section.key=value.")
-        *sections, name = key.split(".")
-        target = values
-        for section in sections:
-            if isinstance(target, list):
-                target = target[int(section)] if section.isdecimal() and int(section) < len(target) else None
-            else:
-                target = target.setdefault(section, {})
-            if not isinstance(target, (dict, list)):
-                raise UserError(f"override: '{section}' in '{override}' has no keys of its own.")
-        if isinstance(target, list):
-            raise UserError(f"override: '{name}' in '{override}' is no key, expected one after the number of an item.")
-        try:
-            target[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"override: the value in '{override}' is not YAML: {reason}.") from None
-    return build(Recipe, values)
-
-
-def build(cls: type, values: Any, where: str = ""):
-    """A dataclass from plain values, strictly: unknown keys and values of another type are errors."""
-    if not isinstance(values, dict):
-        raise UserError(f"{where or 'recipe'}: got {values!r}, expected keys and values.")
-    hints = typing.get_type_hints(cls)
-    arguments = {}
-    for key, value in values.items():
-        name = f"{where}.{key}" if where else str(key)
-        if key not in hints:
-            nearest = get_close_matches(str(key), hints, n=1, cutoff=0.0)[0]
-            raise UserError(f"{name}: unknown key, expected one of {', '.join(hints)} (nearest: '{nearest}').")
-        arguments[key] = _converted(value, hints[key], name)
-    with checkpoint_errors():
-        return cls(**arguments)
-
-
-def _converted(value: Any, hint: Any, name: str) -> Any:
-    items = typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return build(hint, value, name)
-    if isinstance(value, list) and items and dataclasses.is_dataclass(items[0]):
-        return [_item(items[0], each, f"{name}.{number}") for number, each in enumerate(value)]
-    if hint is float or hint == float | None:
-        value = _number(value)
-    if hint == dict[str, float] and isinstance(value, dict):
-        return {key: _converted(each, float, f"{name}.{key}") for key, each in value.items()}
-    if not _fits(value, hint):
-        raise UserError(f"{name}: got {value!r}, expected {_shown(hint)}.")
-    return value
-
-
-def _item(cls: type, values: Any, name: str):
-    try:
-        return build(cls, values, name)
-    except UserError as error:
-        # Data speaks of itself as of the section that it usually is.
-        raise UserError(re.sub(r"^data\b(?=[.:])", name, str(error))) from None
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 2e-3, without a point, as text; whole numbers are floats where one is wanted."""
-    if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
-        try:
-            return float(value)
-        except (ValueError, OverflowError):
-            pass
-    return value
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return True
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, argument) for argument in arguments)
-    if origin is dict:
-        return isinstance(value, dict)
-    if origin is not None:
-        return isinstance(value, (list, tuple)) and all(_fits(item, arguments[0]) for item in value)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _shown(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")

@@ -15,6 +15,7 @@ from PIL import Image
 from ..atomic_files import write_whole
 from ..errors import UserError
 from ..html import render_page
+from ..settings import flattened
 
 
 # Colours that stay apart for readers with any colour vision (Okabe and Ito, 2008).
@@ -57,7 +58,7 @@ def write_report(
         {"value": _shown},
         title=title,
         notes=[notes] if isinstance(notes, str) else list(notes),
-        settings=_flat(settings),
+        settings=flattened(settings),
         columns=list(dict.fromkeys(column for row in metrics for column in row)),
         metrics=metrics,
         curves=[(name, _curve(points, _COLOURS[i % len(_COLOURS)])) for i, (name, points) in enumerate(curves.items())],
@@ -65,16 +66,6 @@ def write_report(
     )
     write_whole(path, page)
     return path
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _shown(value: Any, decimals: int | None = None) -> str:

@@ -15,7 +15,8 @@ from ..atomic_files import beside, unfinished
 from ..errors import UserError, check_new_folder, reading, writing
 from ..training.loss_watch import BAD_BATCHES
 from .environment import environment
-from .recipe import WATCH_KEYS, Recipe, build
+from .recipe import WATCH_KEYS, Recipe
+from .recipe_file import build
 from .run_files import foreign_files, is_begun_only, last_checkpoint, remove_run
 
 

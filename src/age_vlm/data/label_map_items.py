@@ -9,7 +9,7 @@ import numpy as np
 
 from .label_maps import Crop, LabelMaps, count_question, existence_question, random_box
 from .masks import encode_mask
-from .questions import MODES, NUMBER_WORDS, EvaluationItem, KindStatistics, Question, existence_negatives
+from .questions import NUMBER_WORDS, POPE_MODES, EvaluationItem, KindStatistics, Question, existence_negatives
 
 
 def _sampled_presence(
@@ -99,6 +99,6 @@ def label_map_items(
                 count=k,
                 pool=None if pool is None else max(pool, k),
             )
-            questions += [ask(name, mode) for mode in MODES for name in positives + chosen[mode]]
+            questions += [ask(name, mode) for mode in POPE_MODES for name in positives + chosen[mode]]
         items.append(EvaluationItem(crop.id, crop.image, tuple(questions)))
     return items

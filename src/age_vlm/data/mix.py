@@ -14,8 +14,8 @@ from .schema import Sample
 class Mix(Dataset):
     """The first `length` samples of a mixture, map-style: an index always gives the same sample, for a given seed.
 
-    In every beginning of the mixture each part has its share, up to a few samples. A part is passed through whole, in
-    random order, before any of its samples comes again.
+    Each part has its share of the samples, in random order. A part is passed through whole before any of its samples comes
+    again.
 
     Args:
         parts: map-style data sets.
@@ -38,15 +38,14 @@ class Mix(Dataset):
         if length < 1:
             raise UserError(f"length: got {length}, expected at least 1.")
         self.parts, self.weights, self.length, self.seed = list(parts), list(weights), length, seed
-        shares = np.array(weights, float) / sum(weights)
-        rng = np.random.default_rng([seed, 0])
-        # A part of share s is due once in every 1 / s samples.
-        counts = np.ceil(shares * length).astype(int) + len(parts) + 1
-        due = [(np.arange(count) + rng.random()) / share for count, share in zip(counts, shares)]
-        order = np.argsort(np.concatenate(due), kind="stable")[:length]
-        self._part = np.repeat(np.arange(len(parts)), counts)[order]
-        numbers = [_passes(len(part), count, [seed, 1, k]) for k, (part, count) in enumerate(zip(parts, counts))]
-        self._number = np.concatenate(numbers)[order]
+        # The remainder of each share is left to the largest ones.
+        shares = np.array(weights, float) / sum(weights) * length
+        counts = shares.astype(int)
+        counts[np.argsort(counts - shares, kind="stable")[: length - counts.sum()]] += 1
+        self._part = np.random.default_rng([seed, 0]).permutation(np.repeat(np.arange(len(parts)), counts))
+        self._number = np.empty(length, int)
+        for k, (part, count) in enumerate(zip(parts, counts)):
+            self._number[self._part == k] = _passes(len(part), count, [seed, 1, k])
 
     def __len__(self) -> int:
         return self.length
@@ -72,4 +71,4 @@ class Mix(Dataset):
 def _passes(size: int, count: int, seed: Sequence[int]) -> np.ndarray:
     """`count` numbers below `size`: one shuffled pass after the other."""
     rng = np.random.default_rng(seed)
-    return np.concatenate([rng.permutation(size) for _ in range(-(-count // size))])[:count]
+    return np.concatenate([rng.permutation(size) for _ in range(max(1, -(-count // size)))])[:count]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Kind = TypeVar("Kind", bound=Hashable)
 
 Mode = Literal["random", "popular", "adversarial"]
-MODES: tuple[Mode, ...] = ("random", "popular", "adversarial")
+POPE_MODES: tuple[Mode, ...] = ("random", "popular", "adversarial")
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 QUESTION_KINDS = ("existence", "count", "colour", "relation")
 

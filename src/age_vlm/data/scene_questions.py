@@ -9,7 +9,7 @@ import numpy as np
 
 from .masks import MaskRLE, encode_mask
 from .plurals import plural
-from .questions import MODES, NUMBER_WORDS, Question, existence_negatives
+from .questions import NUMBER_WORDS, POPE_MODES, Question, existence_negatives
 from .scenes import QUESTIONS, SIZES, TEXT, Kind, Scene, SceneConfig, beside, generator, pick, training_frequency
 from .schema import Grounding, Message, Sample, assistant_message, grounding, user_message
 
@@ -200,7 +200,7 @@ def scene_questions(scene: Scene, config: SceneConfig | None = None) -> tuple[Qu
 
     negatives = _negatives(scene, config, rng)
     present = [scene.objects[i].kind for i in rng.permutation(len(scene.objects))]
-    for number, mode in enumerate(mode for mode in MODES if mode in negatives):
+    for number, mode in enumerate(mode for mode in POPE_MODES if mode in negatives):
         for answer, kind in (("yes", present[number % len(present)]), ("no", negatives[mode])):
             ask(_existence_turn(scene, kind, _EXISTENCE[0]), f"{mode}-{answer}", "existence", mode)
     ask(_count_turn(scene, _COUNT[0], config, rng), "count", "count")

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..configuration import AlignmentConfig
-from ..data.questions import MODES, EvaluationItem
+from ..data.questions import POPE_MODES, EvaluationItem
 from .answers import generate_answers
 from .grounding import phrase_attention
 from .metrics import accuracy_by_kind, auc, class_auc, macro_auc
@@ -35,7 +35,7 @@ def answer_metrics(model, processor, items: Sequence[EvaluationItem], *, scorer:
     existence = [question for question in questions if question.kind == "existence"]
     if existence:
         scores = score(join_answers(existence, {q.id: answers[q.id] for q in existence}), scorer=scorer)
-        for mode in MODES:
+        for mode in POPE_MODES:
             if mode in scores["splits"]:
                 for name in ("accuracy", "f1", "yes_ratio"):
                     metrics[f"pope/{mode}/{name}"] = scores["splits"][mode][name]

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..atomic_files import replaced, unfinished
 from ..errors import UserError
+from ..settings import flattened
 
 
 _MANIFEST = "manifest.json"
@@ -65,10 +66,10 @@ class ShardFolder:
 
     def _compare(self, path: Path) -> None:
         try:
-            there = _flat(json.loads(path.read_text("utf-8")))
+            there = flattened(json.loads(path.read_text("utf-8")))
         except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
             raise UserError(f"output: '{path}' is damaged, expected the manifest of an earlier run.") from None
-        here = _flat(self.manifest)
+        here = flattened(self.manifest)
         for name in here.keys() | there.keys():
             if here.get(name) != there.get(name):
                 raise UserError(
@@ -95,10 +96,3 @@ class ShardFolder:
         for shard in range(self.shards):
             with open(self.phrases(shard), encoding="utf-8") as file:
                 yield from ((shard, json.loads(line)) for line in file)
-
-
-def _flat(manifest: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in manifest.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat

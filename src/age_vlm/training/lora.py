@@ -6,12 +6,11 @@ model = peft.get_peft_model(model, lora_config("cross_attention", rank=8))
 from __future__ import annotations
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import Any
 
 from peft import LoraConfig
 
-from ..errors import UserError
+from ..errors import UserError, one_of
 
 
 _LAYER = r"(.*\.)?language_model\.layers\.\d+\."
@@ -53,8 +52,7 @@ def lora_config(
             no share.
     """
     if target not in LORA_TARGETS:
-        nearest = get_close_matches(str(target), LORA_TARGETS, n=1, cutoff=0.0)[0]
-        raise UserError(f"target: got '{target}', expected one of {', '.join(LORA_TARGETS)} (nearest: '{nearest}').")
+        raise UserError(f"target: got '{target}', expected {one_of(target, LORA_TARGETS)}.")
     if rank < 1:
         raise UserError(f"rank: got {rank}, expected at least 1.")
     alpha = 2 * rank if alpha is None else alpha

@@ -1,6 +1,7 @@
 import pytest
 
-from age_vlm.commands.recipe import Recipe, build
+from age_vlm.commands.recipe import Recipe
+from age_vlm.commands.recipe_file import build
 
 
 @pytest.fixture(scope="session")

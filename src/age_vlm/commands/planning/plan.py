@@ -16,7 +16,8 @@ from ...modeling_agevlm import AgeVlmForConditionalGeneration
 from ...modeling_agevlm.components_agevlm import COMPONENTS, component_of
 from ...training.components import count_parameters
 from ..pipeline import load_stages
-from ..recipe import PREVIOUS, Recipe, load_recipe
+from ..recipe import PREVIOUS, Recipe
+from ..recipe_file import load_recipe
 from .fake_step import BACKWARD, GRADIENTS, OPTIMIZER, PARAMETERS, StepFigures, fake_step
 from .model import PlannedModel
 
