@@ -7,8 +7,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from age_vlm.data.scene_datasets import IconsDataset, ScenesDataset, scene_items, to_dataset
+from age_vlm.data.scene_drawing import COLOURS, SHAPES
 from age_vlm.data.scene_questions import scene_questions, scene_sample
-from age_vlm.data.scenes import COLOURS, SHAPES, SPLITS, SceneConfig, draw_scene
+from age_vlm.data.scenes import SPLITS, SceneConfig, draw_scene
 from age_vlm.data.schema import message_text, validate_sample
 
 

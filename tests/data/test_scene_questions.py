@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from age_vlm.data.masks import decode_mask
 from age_vlm.data.questions import NUMBER_WORDS, POPE_MODES
+from age_vlm.data.scene_drawing import COLOURS, SHAPES
 from age_vlm.data.scene_questions import scene_questions, scene_sample
-from age_vlm.data.scenes import COLOURS, SHAPES, SPLITS, SceneConfig, draw_scene, training_frequency
+from age_vlm.data.scenes import SPLITS, SceneConfig, draw_scene, training_frequency
 from age_vlm.data.schema import message_text, validate_sample
 
 

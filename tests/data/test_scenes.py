@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from age_vlm.data.scenes import COLOURS, SPLITS, SceneConfig, draw_scene, partner, training_frequency
+from age_vlm.data.scene_drawing import COLOURS
+from age_vlm.data.scenes import SPLITS, SceneConfig, draw_scene, partner, training_frequency
 
 
 CONFIG = SceneConfig()

@@ -12,21 +12,9 @@ import torch
 from ..errors import UserError
 from .byte_cache import MIB, ByteCache
 from .questions import QUESTION_KINDS, EvaluationItem
+from .scene_drawing import background, develop, paint_shape, shape_coverage
 from .scene_questions import scene_questions, scene_sample
-from .scenes import (
-    ICONS,
-    PIXELS,
-    SIZES,
-    SceneConfig,
-    Split,
-    background,
-    develop,
-    draw_scene,
-    generator,
-    paint_shape,
-    pick,
-    shape_coverage,
-)
+from .scenes import ICONS, PIXELS, SIZES, SceneConfig, Split, draw_scene, generator, pick
 from .schema import FEATURES, Sample
 
 
@@ -116,12 +104,12 @@ class IconsDataset(torch.utils.data.Dataset[dict[str, Any]]):
         rng = generator(self.split, _position(index, self.length), self.seed, ICONS)
         label = int(rng.integers(len(self.config.kinds)))
         colour, shape = self.config.kinds[label]
-        coverage = shape_coverage(shape, pick(SIZES, rng), self.config, rng)
+        coverage = shape_coverage(shape, pick(SIZES, rng), self.config.size, rng)
         room = [(self.side - extent) / 2 for extent in coverage.shape[::-1]]
         x, y = (round(free * (1 + self.jitter * rng.uniform(-1, 1))) for free in room)
         canvas = background(self.side, rng)
         paint_shape(canvas, coverage, (x, y), colour, rng)
-        return {"image": develop(canvas, self.config, rng), "label": label}
+        return {"image": develop(canvas, self.config.noise, rng), "label": label}
 
 
 def _position(index: int, length: int) -> int:
