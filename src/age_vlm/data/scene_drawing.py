@@ -51,7 +51,7 @@ SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star", "cross", "rin
 
 
 def shape_coverage(shape: str, size: str, side: int, rng: np.random.Generator) -> np.ndarray:
-    """A shape of an image with that side, with smooth edges, as the share of each pixel it covers: float32 of shape (patch, patch), 0 to 1."""
+    """The share of each pixel that a shape covers, in an image of that side: float32 of shape (patch, patch), 0 to 1."""
     radius = _RADIUS[size] * _STRETCH[shape] * side * rng.uniform(0.94, 1.06)
     tilt = rng.uniform(-0.2, 0.2)
     patch = 2 * math.ceil(radius * 1.42) + 1
