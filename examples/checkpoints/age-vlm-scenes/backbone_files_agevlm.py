@@ -7,11 +7,11 @@ def load_component(argument: str, name: str | os.PathLike, auto_class, **kwargs)
     """`auto_class.from_pretrained`, whose failure is one ValueError that says what to do about `argument`."""
     try:
         return auto_class.from_pretrained(name, **kwargs)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged tokenizer raises what it likes, a bare Exception among them
         raise ValueError(
             f"{argument}: '{name}' could not be loaded; expected a folder with a saved model, or a Hub id that you may read "
             f"(for a gated one accept its licence at https://huggingface.co/{name} and run `hf auth login`): "
-            f"{str(error).strip().splitlines()[0]}"
+            f"{_first_line(error)}"
         ) from error
 
 
@@ -29,3 +29,8 @@ def reserved_image_token(tokenizer) -> tuple[str, int]:
             "for an image."
         )
     return reserved[0][1], reserved[0][0]
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines and not isinstance(error, KeyError) else repr(error)

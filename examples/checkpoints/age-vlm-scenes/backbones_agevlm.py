@@ -83,7 +83,9 @@ def _tokenizer(text: str | os.PathLike):
 
     try:
         return AutoTokenizer.from_pretrained(text)
-    except (OSError, ValueError, TypeError, KeyError):
+    except Exception:
+        if os.path.isdir(text) and any(name.startswith("tokenizer") for name in os.listdir(text)):
+            return load_component("text", text, AutoTokenizer)  # which says what is wrong with it
         return None
 
 
