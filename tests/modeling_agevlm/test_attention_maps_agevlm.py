@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LlamaForCausalLM
 
 from age_vlm import AlignmentConfig
 from age_vlm.modeling_agevlm.attention_maps_agevlm import attention_on_images, mean_attention
@@ -198,6 +198,16 @@ def test_cross_attentions_are_returned_beside_the_others(make_model, make_batch)
                 atol=1e-4,
                 rtol=1e-3,
             )
+
+
+def test_assistants_are_given_no_recorder(make_model, make_batch):
+    model, batch = make_model(), make_batch((1,))
+    model.set_attn_implementation("eager")
+    text = LlamaForCausalLM(model.config.text_config).eval()
+    for assistant in (make_model(), text):
+        settings = {"assistant_model": assistant, "output_attentions": True, "output_attention_maps": False}
+        output = generated(model, batch, **settings)
+        assert torch.equal(output.sequences, generated(model, batch).sequences) and output.attentions
 
 
 @pytest.mark.parametrize(

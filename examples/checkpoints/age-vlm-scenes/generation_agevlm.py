@@ -67,14 +67,16 @@ class AgeVlmGenerationMixin(GenerationMixin):
                 "read them a second time."
             )
         processors = LogitsProcessorList([*(logits_processor or ()), NoImageTokens(self.config.image_token_id)])
-        if not (setting("return_dict_in_generate") and (output_attention_maps or setting("output_attentions"))):
-            if output_attention_maps:
-                raise ValueError("output_attention_maps: got True, expected return_dict_in_generate=True with it.")
-            return super().generate(inputs, generation_config, processors, *args, **kwargs)
-        if assisted and output_attention_maps:
+        returned = setting("return_dict_in_generate")
+        if output_attention_maps and not returned:
+            raise ValueError("output_attention_maps: got True, expected return_dict_in_generate=True with it.")
+        if output_attention_maps and assisted:
             raise ValueError(
                 f"output_attention_maps: got True with {assisted}, expected one of the two: several tokens come of one step."
             )
+        # An assistant would be given the recorder, too.
+        if assisted or not (returned and (output_attention_maps or setting("output_attentions"))):
+            return super().generate(inputs, generation_config, processors, *args, **kwargs)
         recorder = AttentionRecorder(self._grid_of(kwargs) if output_attention_maps else None, self.alignment)
         output = super().generate(inputs, generation_config, processors, *args, **kwargs, attention_recorder=recorder)
         given = next((value for value in (inputs, kwargs.get("input_ids")) if value is not None), None)
