@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
+from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,8 +55,9 @@ def ask(
 ) -> Answer:
     """Asks one question about one image.
 
-    The attention shown is that of the layers and heads that were aligned in training: for a word of the question when the
-    model had read it, for a word of the answer when the model chose its first token.
+    The attention shown is that of the layers and heads that were aligned in training, when the model had read the word:
+    that is the query which training aligns. For a word of the answer it is recorded while the model generates; the query
+    that predicted the word is the one before, see `generate(..., output_attention_maps=True)`.
 
     Args:
         image: whatever the processor takes: path, URL, PIL image, array, tensor.
@@ -77,10 +78,11 @@ def ask(
     inputs = processor(images=image, text=text, return_tensors="pt", add_special_tokens=False)
     inputs.pop("token_type_ids", None)
     inputs = inputs.to(model.device)
+    # One step more: it reads the last token.
     output = generate(
-        model, processor, inputs, max_new_tokens, return_dict_in_generate=True, output_attention_maps=True
+        model, processor, inputs, max_new_tokens + 1, return_dict_in_generate=True, output_attention_maps=True
     )
-    generated = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    generated = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()[:max_new_tokens]
     answer = answer_text(processor, generated)
 
     chat = ChatEncoder(processor)(prompt)
@@ -91,10 +93,13 @@ def ask(
         maps = model.attention_maps(queries, **inputs)
         words = [(word, attention.cpu()) for (word, _), attention in zip(read, maps)]
     starts = token_starts(processor.tokenizer, generated)
-    for word, start, _ in content_words(answer):
-        # What the answer was stripped of stands in front of it.
-        offset = processor.decode(generated, skip_special_tokens=True).index(answer)
-        words.append((word, output.attention_maps[0, bisect_right(starts, offset + start) - 1].cpu()))
+    # What the answer was stripped of stands in front of it.
+    offset = processor.decode(generated, skip_special_tokens=True).index(answer)
+    read = output.attention_maps[0, 1:].cpu()
+    for word, _, end in content_words(answer):
+        last = bisect_left(starts, offset + end) - 1
+        if last < len(read):
+            words.append((word, read[last]))
     left, top, right, bottom = processor.image_geometry(image.height, image.width).source_box
     seen = image.crop((max(0, round(left)), max(0, round(top)), round(right), round(bottom)))
     return Answer(answer, words, seen)
