@@ -142,7 +142,7 @@ def test_adapters_are_merged_into_a_whole_checkpoint_and_kept_beside_it(run):
 RUN = """
 import sys
 from age_vlm.commands.train import run_recipe
-from age_vlm.commands.recipe import load_recipe
+from age_vlm.commands.recipe_file import load_recipe
 run_recipe(load_recipe(sys.argv[1]), sys.argv[2], progress=False)
 """
 
