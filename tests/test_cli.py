@@ -408,7 +408,7 @@ def test_a_run_folder_is_only_replaced_when_asked(capsys, recipe, tmp_path):
     assert main([*arguments, "--resume"]) == 0
     assert printed.endswith(capsys.readouterr().out)
     refused(
-        capsys, [*arguments, "--resume", "seed=1"], "run folder: 'out' is of another recipe .seed: 0 there, 1 here."
+        capsys, [*arguments, "--resume", "seed=1"], "run folder: 'out' belongs to a different recipe .seed: 0 there, 1 here."
     )
     with pytest.raises(SystemExit) as ended:
         main([*arguments, "--resume", "--overwrite"])
@@ -436,7 +436,7 @@ def test_a_pipeline_prints_a_table_of_its_stages(capsys, recipe, tmp_path):
     printed = capsys.readouterr().out
     assert "only: complete already" in printed and printed.endswith(table)
     before = files(tmp_path)
-    refused(capsys, [*arguments, "only:seed=4"], "only: run folder: 'out/only' is of another recipe .seed: 0 there, 4")
+    refused(capsys, [*arguments, "only:seed=4"], "only: run folder: 'out/only' belongs to a different recipe .seed: 0 there, 4")
     refused(capsys, [*arguments, "other:seed=4"], "override: 'other:seed=4' is for 'other', expected one of only")
     refused(capsys, [*arguments, "only:training.stps=4"], "only.yaml: training.stps: unknown key")
     refused(capsys, ["pipeline", "none", "--output", "out"], "recipes: 'none' is not a folder")

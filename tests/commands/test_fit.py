@@ -225,7 +225,7 @@ def test_a_run_may_be_resumed_with_another_answer_to_bad_steps(tmp_path):
     begun = recipe_of(training={"non_finite": "stop"})
     (tmp_path / "recipe.yaml").write_text(begun.to_yaml())
     check_same_recipe(tmp_path, recipe_of(training={"non_finite": "skip", "spike_threshold": 3.0}))
-    with pytest.raises(ValueError, match=r"is of another recipe \(training.packing: False there, True here\)"):
+    with pytest.raises(ValueError, match=r"belongs to a different recipe \(training.packing: False there, True here\)"):
         check_same_recipe(tmp_path, recipe_of(training={"packing": True, "non_finite": "skip"}))
 
 

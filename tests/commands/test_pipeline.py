@@ -118,7 +118,7 @@ def test_stages_go_on_from_one_another_and_from_where_they_stopped(folder, tmp_p
 
     changed = load_stages(folder, ["b:training.steps=3"])
     with pytest.raises(
-        ValueError, match=r"^b: run folder: '.*b' is of another recipe .training.steps: 2 there, 3 here"
+        ValueError, match=r"^b: run folder: '.*b' belongs to a different recipe .training.steps: 2 there, 3 here"
     ):
         run(changed)
     (output / "a" / "report.html").unlink()

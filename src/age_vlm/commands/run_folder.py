@@ -117,7 +117,7 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
     difference = _difference(begun, here)
     if difference is not None:
         raise UserError(
-            f"run folder: '{folder}' is of another recipe ({difference}), expected the same one, or a new folder."
+            f"run folder: '{folder}' belongs to a different recipe ({difference}); use that recipe or a new folder."
         )
 
 
