@@ -34,8 +34,11 @@ MODEL_TESTS = [
     "modeling_agevlm/test_silent_mistakes.py",
     "modeling_agevlm/test_cross_attention_agevlm.py",
     "modeling_agevlm/test_image_masks_agevlm.py",
+    "modeling_agevlm/test_visibility_agevlm.py",
     "modeling_agevlm/test_modeling_agevlm.py",
+    "modeling_agevlm/test_gradients_agevlm.py",
     "modeling_agevlm/test_cache_agevlm.py",
+    "modeling_agevlm/test_generation_agevlm.py",
     "modeling_agevlm/test_generation_fuzz.py",
 ]
 TRAINER_TESTS = [
