@@ -69,7 +69,7 @@ MODULES = {
     "src/age_vlm/training/alignment.py": ["training/test_alignment.py"],
     "src/age_vlm/training/trainer.py": [*TRAINER_TESTS, "training/test_loss_watch.py"],
     "src/age_vlm/data/chat.py": ["data/test_chat.py"],
-    "src/age_vlm/data/collator.py": ["data/test_collator.py"],
+    "src/age_vlm/data/collator.py": ["data/collator"],
     "src/age_vlm/evaluation/answers.py": ["evaluation/test_answers.py"],
     "src/age_vlm/evaluation/benchmark.py": ["evaluation/test_benchmark.py"],
     "src/age_vlm/evaluation/grounding.py": ["evaluation/test_grounding.py"],
