@@ -1,4 +1,6 @@
-"""Eight talks that are uneven, trainers of a tiny model on them, and what their losses come to by hand."""
+"""Eight talks that are uneven, trainers of a tiny model on them, what their losses come to by hand, and a checkpoint to adapt."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,8 +8,10 @@ import torch
 from PIL import Image
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
+from age_vlm import AgeVlmForConditionalGeneration
 from age_vlm.data.collator import GROUNDING_KEYS, AgeVlmCollator
 from age_vlm.data.schema import assistant_message, grounding, user_message
+from age_vlm.hub import save_checkpoint
 from age_vlm.modeling_agevlm.attention_maps_agevlm import attention_on_images
 from age_vlm.training import AgeVlmTrainer, AlignmentConfig
 from age_vlm.training.alignment import alignment_losses
@@ -188,3 +192,30 @@ def alignment():
 def sgd():
     """Settings of an optimizer whose step is the gradient times the learning rate."""
     return SGD
+
+
+# Adapters
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, make_model, processor) -> Path:
+    """Folder of a whole checkpoint."""
+    return save_checkpoint(make_model(), processor, tmp_path_factory.mktemp("base") / "checkpoint")
+
+
+def _load(folder) -> AgeVlmForConditionalGeneration:
+    return AgeVlmForConditionalGeneration.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def load_model():
+    return _load
+
+
+def _trained(model) -> dict[str, torch.Tensor]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.fixture(scope="session")
+def trained_parameters():
+    return _trained
