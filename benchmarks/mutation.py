@@ -34,9 +34,19 @@ MODEL_TESTS = [
     "modeling_agevlm/test_silent_mistakes.py",
     "modeling_agevlm/test_cross_attention_agevlm.py",
     "modeling_agevlm/test_image_masks_agevlm.py",
+    "modeling_agevlm/test_visibility_agevlm.py",
     "modeling_agevlm/test_modeling_agevlm.py",
+    "modeling_agevlm/test_gradients_agevlm.py",
     "modeling_agevlm/test_cache_agevlm.py",
+    "modeling_agevlm/test_generation_agevlm.py",
     "modeling_agevlm/test_generation_fuzz.py",
+]
+TRAINER_TESTS = [
+    "training/test_trainer.py",
+    "training/test_trainer_evaluation.py",
+    "training/test_trainer_wrapped_models.py",
+    "training/test_trainer_bad_steps.py",
+    "training/test_trainer_two_processes.py",
 ]
 # Module -> its tests, those that end soonest first.
 MODULES = {
@@ -57,9 +67,9 @@ MODULES = {
     "processing/images_agevlm.py": ["processing/test_images_agevlm.py"],
     "processing/processing_agevlm.py": ["processing/test_processing_agevlm.py", "modeling_agevlm/test_from_backbones.py"],
     "src/age_vlm/training/alignment.py": ["training/test_alignment.py"],
-    "src/age_vlm/training/trainer.py": ["training/test_trainer.py", "training/test_loss_watch.py"],
+    "src/age_vlm/training/trainer.py": [*TRAINER_TESTS, "training/test_loss_watch.py"],
     "src/age_vlm/data/chat.py": ["data/test_chat.py"],
-    "src/age_vlm/data/collator.py": ["data/test_collator.py"],
+    "src/age_vlm/data/collator.py": ["data/collator"],
     "src/age_vlm/evaluation/answers.py": ["evaluation/test_answers.py"],
     "src/age_vlm/evaluation/benchmark.py": ["evaluation/test_benchmark.py"],
     "src/age_vlm/evaluation/grounding.py": ["evaluation/test_grounding.py"],

@@ -172,7 +172,10 @@ def killed(killed_once, tmp_path):
 def test_a_killed_run_is_only_resumed_by_the_same_recipe(killed, recipe):
     before = sorted(killed.rglob("*"))
     for settings, words in (
-        ({"resume": True}, r"belongs to a different recipe \(training.steps: 4 there, 5 here\); use that recipe or a new folder"),
+        (
+            {"resume": True},
+            r"belongs to a different recipe \(training.steps: 4 there, 5 here\); use that recipe or a new folder",
+        ),
         ({}, "exists, expected a new one .or --overwrite to replace it, --resume to continue it"),
     ):
         other = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, steps=5))

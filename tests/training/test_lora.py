@@ -7,25 +7,20 @@ import sys
 from pathlib import Path
 
 import huggingface_hub
-import numpy as np
 import peft
 import pytest
 import torch
 import transformers
 from packaging import version
 from peft import AutoPeftModel, PeftModel, get_peft_model
-from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, PrinterCallback, TrainingArguments
+from transformers import AutoModelForImageTextToText
 from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from age_vlm import AgeVlmForConditionalGeneration
-from age_vlm.data.collator import AgeVlmCollator
-from age_vlm.data.schema import assistant_message, grounding, user_message
 from age_vlm.hub import load_checkpoint, save_checkpoint
-from age_vlm.modeling_agevlm.cross_attention_agevlm import AgeVlmCrossAttentionBlock, AgeVlmGate
-from age_vlm.training import AgeVlmTrainer, AlignmentConfig
+from age_vlm.modeling_agevlm.cross_attention_agevlm import AgeVlmCrossAttentionBlock
 from age_vlm.training.lora import GATES, LORA_TARGETS, lora_config
 
 
@@ -47,28 +42,14 @@ EVERY_KIND = [(target, dora) for target in LORA_TARGETS for dora in (False, True
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory, make_model, processor) -> Path:
-    """Folder of a whole checkpoint."""
-    return save_checkpoint(make_model(), processor, tmp_path_factory.mktemp("base") / "checkpoint")
-
-
-def load(folder) -> AgeVlmForConditionalGeneration:
-    return AgeVlmForConditionalGeneration.from_pretrained(folder)
-
-
-def trained(model) -> dict[str, torch.Tensor]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-@pytest.fixture(scope="module")
-def adapted(base):
+def adapted(base, load_model, trained_parameters):
     """Settings -> a model with an adapter that is far from its start, where an adapter changes nothing."""
 
     def make(target="cross_attention", **settings) -> PeftModel:
         torch.manual_seed(0)
-        model = get_peft_model(load(base), lora_config(target, rank=3, **settings))
+        model = get_peft_model(load_model(base), lora_config(target, rank=3, **settings))
         with torch.no_grad():
-            for parameter in trained(model).values():
+            for parameter in trained_parameters(model).values():
                 parameter += 0.1 * torch.randn_like(parameter)
         return model.eval()
 
@@ -103,16 +84,18 @@ def test_patterns_match_their_part_whole_and_nothing_else(make_model, vision, in
 
 
 @pytest.mark.parametrize("target, dora", EVERY_KIND)
-def test_a_new_adapter_changes_nothing_and_trains_only_itself_and_the_gates(base, make_batch, target, dora):
-    plain, batch, text = load(base), make_batch((2, 0, 1)), make_batch((0, 0), seed=1)
-    model = get_peft_model(load(base), lora_config(target, rank=3, use_dora=dora))
+def test_a_new_adapter_changes_nothing_and_trains_only_itself_and_the_gates(
+    base, make_batch, target, dora, load_model, trained_parameters
+):
+    plain, batch, text = load_model(base), make_batch((2, 0, 1)), make_batch((0, 0), seed=1)
+    model = get_peft_model(load_model(base), lora_config(target, rank=3, use_dora=dora))
     adapters = {name for name, module in model.get_base_model().named_modules() if hasattr(module, "lora_A")}
     assert adapters == {name for name, _ in plain.named_modules() if re.fullmatch(LORA_TARGETS[target], name)}
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(**batch).logits, plain(**batch).logits)
         untouched = plain(**text).logits
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-2)
+    optimizer = torch.optim.AdamW(trained_parameters(model).values(), lr=1e-2)
     for _ in range(2):  # the first moves only one factor of each adapter: the other is zero
         model.train()(**batch, labels=batch["input_ids"]).loss.backward()
         optimizer.step()
@@ -128,13 +111,15 @@ def test_a_new_adapter_changes_nothing_and_trains_only_itself_and_the_gates(base
         assert torch.equal(model.eval()(**text).logits, untouched) == (target == "cross_attention")
 
 
-def test_what_is_trained_besides_is_chosen(base):
-    names = trained(get_peft_model(load(base), lora_config(gates=False)))
+def test_what_is_trained_besides_is_chosen(base, load_model, trained_parameters):
+    names = trained_parameters(get_peft_model(load_model(base), lora_config(gates=False)))
     assert names and all(".lora_" in name for name in names)
     config = lora_config("both", rank=4, dropout=0.1, modules_to_save=["multi_modal_projector"], use_rslora=True)
     assert (config.r, config.lora_alpha, config.lora_dropout, config.use_rslora) == (4, 8, 0.1, True)
-    projector = load(base).model.multi_modal_projector
-    names = [name for name in trained(get_peft_model(load(base), config)) if "multi_modal_projector" in name]
+    projector = load_model(base).model.multi_modal_projector
+    names = [
+        name for name in trained_parameters(get_peft_model(load_model(base), config)) if "multi_modal_projector" in name
+    ]
     assert len(names) == len(list(projector.parameters()))
 
 
@@ -152,12 +137,12 @@ def test_bad_settings_are_one_sentence(settings, sentence):
         lora_config(**settings)
 
 
-def test_on_a_model_in_half_precision_adapters_are_in_full(base, make_batch):
+def test_on_a_model_in_half_precision_adapters_are_in_full(base, make_batch, trained_parameters):
     model = AgeVlmForConditionalGeneration.from_pretrained(base, dtype=torch.bfloat16)
     model = get_peft_model(model, lora_config("both", use_dora=True)).train()
     batch = make_batch((2, 1))
     model(**batch, labels=batch["input_ids"]).loss.backward()
-    for name, parameter in trained(model).items():
+    for name, parameter in trained_parameters(model).items():
         assert parameter.grad.isfinite().all(), name
         assert ".lora_" not in name or parameter.dtype == torch.float32, name
 
@@ -175,44 +160,46 @@ def renamed(adapter: Path, base) -> None:
 @pytest.mark.parametrize("target, dora", EVERY_KIND)
 @torch.no_grad()
 def test_adapters_come_back_and_merge_into_a_whole_checkpoint(
-    adapted, base, processor, make_batch, tmp_path, target, dora
+    adapted, base, processor, make_batch, tmp_path, target, dora, load_model, trained_parameters
 ):
     batch = make_batch((2, 0, 1))
     model = adapted(target, use_dora=dora)
-    expected, plain = model(**batch).logits, load(base)(**batch).logits
+    expected, plain = model(**batch).logits, load_model(base)(**batch).logits
     assert (expected - plain).abs().max() > 0.1
     with model.disable_adapter():
         assert torch.equal(model(**batch).logits, plain)
     model.save_pretrained(tmp_path / "adapter")
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    assert sum(value.numel() for value in saved.values()) == sum(value.numel() for value in trained(model).values())
+    assert sum(value.numel() for value in saved.values()) == sum(
+        value.numel() for value in trained_parameters(model).values()
+    )
     assert not list(tmp_path.rglob("model.safetensors"))
     for again in (
-        PeftModel.from_pretrained(load(base), tmp_path / "adapter"),
+        PeftModel.from_pretrained(load_model(base), tmp_path / "adapter"),
         AutoPeftModel.from_pretrained(str(tmp_path / "adapter"), import_allowlist=["age_vlm"]),
     ):
         assert torch.equal(again.eval()(**batch).logits, expected)
     merged = model.merge_and_unload()
     torch.testing.assert_close(merged(**batch).logits, expected, atol=1e-3, rtol=1e-4)
     whole, _ = load_checkpoint(save_checkpoint(merged, processor, tmp_path / "whole"))
-    assert whole.state_dict().keys() == load(base).state_dict().keys()
+    assert whole.state_dict().keys() == load_model(base).state_dict().keys()
     assert torch.equal(whole(**batch).logits, merged(**batch).logits)
 
 
 @loads_adapters
 @torch.no_grad()
-def test_transformers_loads_lora_adapters_itself(adapted, base, make_batch, tmp_path):
+def test_transformers_loads_lora_adapters_itself(adapted, base, make_batch, tmp_path, load_model):
     batch = make_batch((2, 0, 1))
     model = adapted("both")
     expected = model(**batch).logits
     model.save_pretrained(tmp_path)
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert torch.equal(loaded(**batch).logits, expected)
-    added = load(base)
+    added = load_model(base)
     added.load_adapter(tmp_path)
     assert torch.equal(added(**batch).logits, expected)
     added.disable_adapters()
-    assert torch.equal(added(**batch).logits, load(base)(**batch).logits)
+    assert torch.equal(added(**batch).logits, load_model(base)(**batch).logits)
 
 
 @loads_adapters
@@ -231,16 +218,16 @@ def test_transformers_loads_a_dora_adapter_right_or_not_at_all(adapted, make_bat
 
 @loads_adapters
 @torch.no_grad()
-def test_adapters_lie_beside_a_whole_checkpoint(adapted, base, make_batch, tmp_path):
+def test_adapters_lie_beside_a_whole_checkpoint(adapted, base, make_batch, tmp_path, load_model):
     batch = make_batch((1, 2))
     model = adapted()
     expected = model(**batch).logits
     whole = shutil.copytree(base, tmp_path / "whole")
     model.save_pretrained(whole / "adapter")
-    assert torch.equal(load(whole)(**batch).logits, load(base)(**batch).logits), (
+    assert torch.equal(load_model(whole)(**batch).logits, load_model(base)(**batch).logits), (
         "one in a folder below is not asked for"
     )
-    assert torch.equal(PeftModel.from_pretrained(load(whole), whole / "adapter")(**batch).logits, expected)
+    assert torch.equal(PeftModel.from_pretrained(load_model(whole), whole / "adapter")(**batch).logits, expected)
     # In the same folder it is part of what the folder holds, and the base is the one beside it.
     model.save_pretrained(whole)
     renamed(whole, "someone/elsewhere")
@@ -268,14 +255,16 @@ def test_an_adapter_is_loaded_by_its_folder_alone(adapted, base, processor, make
 
 @pytest.mark.parametrize("tied", [True, False])
 @torch.no_grad()
-def test_new_words_come_with_the_adapter(make_model, tokenizer, make_batch, tmp_path, tied):
+def test_new_words_come_with_the_adapter(
+    make_model, tokenizer, make_batch, tmp_path, tied, load_model, trained_parameters
+):
     save = tmp_path / "base"
     make_model(text={"tie_word_embeddings": tied}).save_pretrained(save)
-    model, words = load(save), [300, 301]
+    model, words = load_model(save), [300, 301]
     model.resize_token_embeddings(302)
     rows = {"embed_tokens": words} if tied else {"embed_tokens": words, "lm_head": words}
     model = get_peft_model(model, lora_config("cross_attention", rank=3, trainable_token_indices=rows)).eval()
-    for parameter in trained(model).values():
+    for parameter in trained_parameters(model).values():
         parameter += 0.1 * torch.randn_like(parameter)
     batch = make_batch((1, 2))
     batch["input_ids"][:, -2:] = torch.tensor(words)
@@ -284,7 +273,7 @@ def test_new_words_come_with_the_adapter(make_model, tokenizer, make_batch, tmp_
     model.save_pretrained(tmp_path / "adapter")
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert max(len(value) for name, value in saved.items() if "token" in name or "head" in name) == 2
-    fresh = load(save)
+    fresh = load_model(save)
     fresh.resize_token_embeddings(302)
     assert torch.equal(PeftModel.from_pretrained(fresh, tmp_path / "adapter")(**batch).logits, expected)
     merged = model.merge_and_unload()
@@ -319,7 +308,7 @@ def uploads(monkeypatch):
 
 
 @torch.no_grad()
-def test_a_pushed_adapter_is_an_adapter(adapted, base, make_batch, uploads, tmp_path):
+def test_a_pushed_adapter_is_an_adapter(adapted, base, make_batch, uploads, tmp_path, load_model):
     batch = make_batch((1, 0))
     model = adapted("both", use_dora=True)
     expected = model(**batch).logits
@@ -329,7 +318,7 @@ def test_a_pushed_adapter_is_an_adapter(adapted, base, make_batch, uploads, tmp_
     assert not {"config.json", "model.safetensors"} & set(files)
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
-    assert torch.equal(PeftModel.from_pretrained(load(base), tmp_path)(**batch).logits, expected)
+    assert torch.equal(PeftModel.from_pretrained(load_model(base), tmp_path)(**batch).logits, expected)
 
 
 @pytest.mark.parametrize("options", [{"use_cache": False}, {}, {"num_beams": 2}])
@@ -339,141 +328,3 @@ def test_generation_is_the_merged_model_s(adapted, make_batch, options):
     answer = model.generate(**batch, max_new_tokens=5, do_sample=False, **options)
     assert answer.shape[1] > batch["input_ids"].shape[1]
     assert torch.equal(model.merge_and_unload().generate(**batch, max_new_tokens=5, do_sample=False, **options), answer)
-
-
-# Training
-
-
-def talk(number, groundings):
-    rng = np.random.default_rng(number)
-    messages = [
-        user_message("is there a dog or a cat" + "?" * number, images=1),
-        assistant_message("yes" * (1 + number)),
-    ]
-    spans = [(11, 16), (20, 23)][:groundings]
-    image = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
-    masks = [rng.random((32, 32)) > 0.7 for _ in spans]
-    return {
-        "id": str(number),
-        "images": [image],
-        "messages": messages,
-        "groundings": [grounding(0, *span, 0, mask) for span, mask in zip(spans, masks)],
-    }
-
-
-TALKS = [talk(0, 2), talk(1, 0), talk(2, 1), talk(3, 2)]
-RATE = 0.05
-
-
-@pytest.fixture
-def make_trainer(base, processor, tmp_path):
-    """Model and settings -> a trainer of it on the same samples in the same order."""
-    collator = AgeVlmCollator.from_model(load(base), processor, independent_turns=True)
-
-    def make(model, steps=1, weight=0.7, **arguments):
-        settings = {
-            "output_dir": str(tmp_path / "trainer"),
-            "max_steps": steps,
-            "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": 2,
-            "train_sampling_strategy": "sequential",
-            "logging_steps": 1,
-            "remove_unused_columns": False,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "optim": "sgd",
-            "learning_rate": RATE,
-            "lr_scheduler_type": "constant",
-            "max_grad_norm": 0.0,
-            **arguments,
-        }
-        trainer = AgeVlmTrainer(
-            model,
-            TrainingArguments(**settings),
-            train_dataset=TALKS,
-            eval_dataset=TALKS,
-            data_collator=collator,
-            alignment=AlignmentConfig(weight=weight, layers=[0, 1], heads="all"),
-        )
-        trainer.remove_callback(PrinterCallback)
-        return trainer
-
-    return make
-
-
-def new_adapter(base, target="both", **settings) -> PeftModel:
-    torch.manual_seed(0)
-    return get_peft_model(load(base), lora_config(target, rank=3, **settings))
-
-
-def after(trainer) -> dict[str, torch.Tensor]:
-    trainer.train()
-    return {name: parameter.detach().clone() for name, parameter in trained(trainer.model).items()}
-
-
-def test_the_trainer_gives_adapters_the_gradients_of_the_whole_weights(base, make_trainer):
-    """dL/dB = scale * dL/dW A^T: the reference is the full fine-tuning of the same model on the same samples."""
-    start = load(base)
-    whole, unaligned = (make_trainer(load(base), weight=weight) for weight in (0.7, 0.0))
-    for trainer in (whole, unaligned):
-        trainer.train()
-    model = new_adapter(base)
-    trainer = make_trainer(model)
-    trainer.train()
-    differ = 0
-    for name, module in model.get_base_model().named_modules():
-        if hasattr(module, "lora_A"):
-            first, second = module.lora_A["default"].weight, module.lora_B["default"].weight
-            steps = [
-                other.model.get_submodule(name).weight - start.get_submodule(name).weight
-                for other in (whole, unaligned)
-            ]
-            expected, without = (module.scaling["default"] * step @ first.T for step in steps)
-            torch.testing.assert_close(
-                second, expected, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
-            )
-            if "cross_attention.attn.q_proj" in name:
-                differ += not torch.allclose(second, without, rtol=1e-2, atol=1e-4)
-    assert differ == 2, "the alignment loss reaches the adapters of both blocks"
-    gates = [(name, module) for name, module in start.named_modules() if isinstance(module, AgeVlmGate)]
-    for name, _ in gates:
-        gate = model.get_base_model().get_submodule(name).modules_to_save["default"].weight
-        torch.testing.assert_close(gate, whole.model.get_submodule(name).weight, rtol=1e-4, atol=1e-6)
-    lines = [trainer.state.log_history[0], whole.state.log_history[0]]
-    for key in ("loss", "lm_loss", "alignment_loss", "attention_mass", "pointing_accuracy"):
-        assert lines[0][key] == pytest.approx(lines[1][key], rel=1e-4), key
-    assert trainer.evaluate()["eval_loss"] > 0
-
-
-@pytest.mark.parametrize("target", ["cross_attention", "language_model"])
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_trains_adapters_alike(base, make_trainer, target, reentrant):
-    plain = after(make_trainer(new_adapter(base, target)))
-    options = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": reentrant}}
-    trainer = make_trainer(new_adapter(base, target), **options)
-    checkpointed = after(trainer)
-    assert all(layer.gradient_checkpointing for layer in trainer.model.get_base_model().model.language_model.layers)
-    start = {name: value.detach() for name, value in trained(new_adapter(base, target)).items()}
-    for name, value in plain.items():
-        torch.testing.assert_close(checkpointed[name], value, rtol=1e-4, atol=1e-6, msg=name)
-        assert ".lora_A." in name or not torch.equal(value, start[name]), name
-
-
-def test_the_trainer_saves_the_adapter_alone_and_goes_on_from_it(base, make_trainer, make_batch, tmp_path):
-    options = {"optim": "adamw_torch", "learning_rate": 1e-3}
-    straight = after(make_trainer(new_adapter(base), steps=3, **options))
-    trainer = make_trainer(new_adapter(base), steps=3, save_strategy="steps", save_steps=2, **options)
-    trainer.train()
-    first = tmp_path / "trainer" / "checkpoint-2"
-    assert (first / "adapter_model.safetensors").is_file() and not list(tmp_path.rglob("model*.safetensors"))
-    again = make_trainer(new_adapter(base), steps=3, **options)
-    again.train(resume_from_checkpoint=str(first))
-    for name, value in trained(again.model).items():
-        torch.testing.assert_close(value.detach(), straight[name], msg=name)
-    trainer.save_model(tmp_path / "adapter")
-    batch = make_batch((1,))
-    with torch.no_grad():
-        expected = trainer.model.eval()(**batch).logits
-        assert torch.equal(PeftModel.from_pretrained(load(base), tmp_path / "adapter")(**batch).logits, expected)
