@@ -1,9 +1,11 @@
+import logging
 import re
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers.utils import logging as transformers_logging
 
 from age_vlm.commands.ask import FUNCTION_WORDS, ask, load
 from age_vlm.hub import save_checkpoint
@@ -113,3 +115,11 @@ def test_a_saved_model_answers_as_before(make_model, processor, picture, tmp_pat
     for (word, attention), (other, reference) in zip(answer.words, expected.words, strict=True):
         assert word == other
         torch.testing.assert_close(attention, reference)
+
+
+def test_transformers_has_nothing_to_say(model, processor, picture, caplog, monkeypatch):
+    """It logs, once, what of a call to `generate` is deprecated."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    transformers_logging.warning_once.cache_clear()
+    ask(model, processor, picture, QUESTION, max_new_tokens=2)
+    assert not caplog.text

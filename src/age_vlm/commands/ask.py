@@ -79,9 +79,7 @@ def ask(
     inputs.pop("token_type_ids", None)
     inputs = inputs.to(model.device)
     # One step more: it reads the last token.
-    output = generate(
-        model, processor, inputs, max_new_tokens + 1, return_dict_in_generate=True, output_attention_maps=True
-    )
+    output = generate(model, processor, inputs, max_new_tokens + 1, attention_maps=True)
     generated = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()[:max_new_tokens]
     answer = answer_text(processor, generated)
 

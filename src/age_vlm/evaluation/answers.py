@@ -40,12 +40,20 @@ def generate_texts(model, processor, inputs: Mapping[str, torch.Tensor], max_new
     return [answer_text(processor, tokens) for tokens in generated]
 
 
-def generate(model, processor, inputs: Mapping[str, torch.Tensor], max_new_tokens: int, **settings):
-    """`model.generate`, greedily, to where the processor's chat template ends an answer."""
+def generate(
+    model, processor, inputs: Mapping[str, torch.Tensor], max_new_tokens: int, *, attention_maps: bool = False
+):
+    """`model.generate`, greedily, to where the processor's chat template ends an answer.
+
+    Args:
+        attention_maps: return them too, of a model of ours: the output of `generate` in the place of the tokens.
+    """
     config = copy.deepcopy(model.generation_config)
     with suppress(ValueError):  # nothing but the model's own configuration ends its answers
         stop_at_end_of_turn(config, processor.tokenizer, _template(processor))
     config.do_sample, config.max_new_tokens = False, max_new_tokens
+    settings = {"output_attention_maps": True} if attention_maps else {}
+    config.return_dict_in_generate = attention_maps
     return model.generate(**inputs, generation_config=config, tokenizer=processor.tokenizer, **settings)
 
 
