@@ -142,7 +142,8 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         tokens, rows, columns = token_grid(
             states, self.vision_tower, self.config.vision_config, tuple(pixel_values.shape[-2:])
         )
-        self.image_grids[tuple(pixel_values.shape[-2:])] = rows, columns
+        if not torch.compiler.is_compiling():  # nothing that a graph should depend on
+            self.image_grids[tuple(pixel_values.shape[-2:])] = rows, columns
         tokens = self.multi_modal_projector(tokens)
         return BaseModelOutputWithPooling(
             last_hidden_state=last_hidden_state,

@@ -225,3 +225,13 @@ def test_maps_that_cannot_be_given_are_refused(model, make_batch, settings, word
 def test_the_alignment_is_what_the_configuration_says(make_model):
     assert make_model().alignment == AlignmentConfig()
     assert make_model(alignment={"layers": [1], "heads": "all"}).alignment == AlignmentConfig(layers=[1], heads="all")
+
+
+@torch.no_grad()
+def test_images_can_be_encoded_by_a_compiled_model(make_model):
+    model, pixels = make_model(), torch.randn(2, 3, 32, 32)
+    expected = model.get_image_features(pixels).pooler_output
+    compiled = torch.compile(
+        lambda pixels: model.get_image_features(pixels).pooler_output, backend="eager", fullgraph=True
+    )
+    torch.testing.assert_close(compiled(pixels), expected)

@@ -16,8 +16,8 @@ class AgeVlmTimmWrapperModel(TimmWrapperModel):
     def device(self) -> torch.device:
         # Images are moved to it: of weights that are kept elsewhere it is `meta`, while the hook that fetches them knows
         # where they will run (as for Bark in transformers).
-        device = super().device
-        if device.type == "meta":
+        device = next(self.parameters()).device
+        if not torch.compiler.is_compiling() and device.type == "meta":
             hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
             places = (getattr(hook, "execution_device", None) for hook in hooks)
             device = next((torch.device(place) for place in places if place is not None), device)
