@@ -290,6 +290,7 @@ def test_schedules_are_those_transformers_makes_without_more_arguments():
             "{optm: adafactor}",
             r"^training.arguments: got 'optm', expected fields of TrainingArguments .nearest: 'optim'",
         ),
+        ("{hub_token: hf_secret}", r"^training.arguments: got 'hub_token', which is set by `hf auth login`"),
         ("7", r"^training.arguments: got 7, expected dict"),
     ],
 )
@@ -310,7 +311,7 @@ def test_what_the_recipe_sets_itself_is_what_may_not_be_passed_on(tmp_path):
         "activation_checkpointing_kwargs",
     }
     assert names <= set(RECIPE_ARGUMENTS)
-    assert set(RECIPE_ARGUMENTS) - names <= {"num_train_epochs", "gradient_checkpointing"}
+    assert set(RECIPE_ARGUMENTS) - names <= {"num_train_epochs", "gradient_checkpointing", "hub_token"}
 
 
 def test_other_arguments_reach_the_trainer(tmp_path):

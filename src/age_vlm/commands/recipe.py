@@ -333,6 +333,8 @@ RECIPE_ARGUMENTS = {
     "dataloader_num_workers": "training.workers",
     "seed": "seed",
     "disable_tqdm": "the terminal",
+    # A recipe is written into the run folder and onto the model card: no place for a secret.
+    "hub_token": "`hf auth login`",
 }
 
 
