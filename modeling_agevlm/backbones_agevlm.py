@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModel, LlamaForCausalLM
 from transformers.utils import logging
 
 from ..configuration.configuration_agevlm import unknown_option
-from ..processing.backbone_files_agevlm import load_component, reserved_image_token
+from ..processing.backbone_files_agevlm import is_unreadable, load_component, reserved_image_token
 from ..processing.chat_agevlm import CHAT_TEMPLATE, stop_at_end_of_turn
 from .vision_agevlm import drop_unused_head
 
@@ -83,7 +83,9 @@ def _tokenizer(text: str | os.PathLike):
 
     try:
         return AutoTokenizer.from_pretrained(text)
-    except Exception:
+    except Exception as error:
+        if not is_unreadable(error):
+            raise
         if os.path.isdir(text) and any(name.startswith("tokenizer") for name in os.listdir(text)):
             return load_component("text", text, AutoTokenizer)  # which says what is wrong with it
         return None

@@ -7,7 +7,9 @@ def load_component(argument: str, name: str | os.PathLike, auto_class, **kwargs)
     """`auto_class.from_pretrained`, whose failure is one ValueError that says what to do about `argument`."""
     try:
         return auto_class.from_pretrained(name, **kwargs)
-    except Exception as error:  # a damaged tokenizer raises what it likes, a bare Exception among them
+    except Exception as error:
+        if not is_unreadable(error):
+            raise
         raise ValueError(
             f"{argument}: '{name}' could not be loaded; expected a folder with a saved model, or a Hub id that you may read "
             f"(for a gated one accept its licence at https://huggingface.co/{name} and run `hf auth login`): "
@@ -29,6 +31,11 @@ def reserved_image_token(tokenizer) -> tuple[str, int]:
             "for an image."
         )
     return reserved[0][1], reserved[0][0]
+
+
+def is_unreadable(error: Exception) -> bool:
+    """Whether it says that what was to be loaded is missing or damaged; the library of tokenizers raises a bare `Exception`."""
+    return isinstance(error, (OSError, ValueError, KeyError, TypeError)) or type(error) is Exception
 
 
 def _first_line(error: Exception) -> str:

@@ -241,3 +241,11 @@ def test_a_second_training_begins_a_new_log(make_trainer):
         trainer.train()
         lines = [entry for entry in trainer.state.log_history if "loss" in entry]
         assert lines[0]["loss"] == pytest.approx(lines[0]["lm_loss"] + 0.7 * lines[0]["alignment_loss"], rel=1e-4)
+
+
+def test_the_configuration_keeps_what_was_aligned_from_the_first_step_on(make_trainer, make_model):
+    model = make_model()
+    trainer = make_trainer(model=model, alignment=AlignmentConfig(layers=[1], heads="all"))
+    assert model.config.alignment is None, "looking with another alignment is no training"
+    trainer.train()
+    assert model.alignment == AlignmentConfig(layers=[1], heads="all")

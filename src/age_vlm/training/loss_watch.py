@@ -150,6 +150,7 @@ class StepWatch(TrainerCallback):
         self.spikes = SpikeWatch(self.spike_threshold)
         self.skipped_in_a_row = 0
         self.trainer.start_anew()
+        self.trainer.keep_alignment()
 
     def begin_step(self) -> None:
         """Forgets the batches of the step before."""

@@ -53,7 +53,7 @@ class AgeVlmTrainer(Trainer):
 
     Args:
         alignment: what is aligned and how; as the model was aligned before, else the defaults, when left out. The model's
-            configuration keeps it.
+            configuration keeps it from the first step on.
         learning_rates: peak rates of the components (`vision`, `projector`, `cross_attention`, `language_model`) that differ
             from `args.learning_rate`; all follow the same schedule.
         non_finite: `"stop"` ends the run at a step whose loss or gradient is not finite, before the optimizer takes it;
@@ -99,9 +99,6 @@ class AgeVlmTrainer(Trainer):
         with checkpoint_errors():
             self.alignment = alignment if alignment is not None else self.model.alignment
             self.alignment.check(self.model.config)
-        # The model says of itself whose attention was aligned.
-        settings = dataclasses.asdict(self.alignment)
-        self.model.config.alignment = {**settings, "layers": list(self.alignment.layers)}
         self.learning_rates = dict(learning_rates or {})
         if non_finite not in ("stop", "skip"):
             raise UserError(f"non_finite: got '{non_finite}', expected 'stop' or 'skip'.")
@@ -125,6 +122,11 @@ class AgeVlmTrainer(Trainer):
         for module in self.model.modules():
             if isinstance(module, PreTrainedModel):
                 module._no_split_modules = set(module._no_split_modules or ()) & present
+
+    def keep_alignment(self) -> None:
+        """Writes into the model's configuration whose attention is aligned: the model says of itself where it looks."""
+        settings = dataclasses.asdict(self.alignment)
+        self.model.config.alignment = {**settings, "layers": list(self.alignment.layers)}
 
     def start_anew(self) -> None:
         """Forgets what was to be logged of earlier steps: `auto_find_batch_size` begins again with smaller batches."""
