@@ -51,6 +51,7 @@ TRAINER_TESTS = [
 # Module -> its tests, those that end soonest first.
 MODULES = {
     "configuration/configuration_agevlm.py": ["configuration", "commands/test_model_card.py"],
+    "configuration/alignment_agevlm.py": ["configuration", "training/test_alignment.py"],
     "configuration/versions_agevlm.py": ["configuration/test_versions_agevlm.py"],
     "modeling_agevlm/backbones_agevlm.py": ["modeling_agevlm/test_from_backbones.py"],
     "modeling_agevlm/cache_agevlm.py": MODEL_TESTS,
@@ -60,7 +61,10 @@ MODULES = {
     "modeling_agevlm/generation_agevlm.py": MODEL_TESTS,
     "modeling_agevlm/image_masks_agevlm.py": MODEL_TESTS,
     "modeling_agevlm/modeling_agevlm.py": [*MODEL_TESTS, "modeling_agevlm/test_components_agevlm.py"],
+    "modeling_agevlm/outputs_agevlm.py": ["modeling_agevlm/test_attention_maps_agevlm.py"],
+    "modeling_agevlm/pretrained_agevlm.py": MODEL_TESTS,
     "modeling_agevlm/vision_agevlm.py": ["modeling_agevlm/test_from_backbones.py", *MODEL_TESTS],
+    "processing/backbone_files_agevlm.py": ["modeling_agevlm/test_from_backbones.py"],
     "processing/chat_agevlm.py": ["processing/test_chat_agevlm.py"],
     "processing/image_geometry_agevlm.py": ["processing/test_image_geometry_agevlm.py"],
     "processing/image_settings_agevlm.py": ["processing/test_image_settings_agevlm.py"],

@@ -28,10 +28,10 @@ def main() -> None:
     built = time.perf_counter() - started
     torch.set_default_dtype(torch.float32)
 
-    print("| part | parameters |", "|---|---|", sep="\n")
-    for part, belongs in PARTS.items():
+    print("| component | parameters |", "|---|---|", sep="\n")
+    for component, belongs in PARTS.items():
         count = sum(p.numel() for name, p in model.named_parameters() if belongs(name))
-        print(f"| {part} | {count:,} |")
+        print(f"| {component} | {count:,} |")
     print(f"| total | {sum(p.numel() for p in model.parameters()):,} |")
 
     ids = torch.randint(0, 100_000, (1, 24))

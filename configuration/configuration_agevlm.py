@@ -21,7 +21,7 @@ logger = logging.get_logger(__name__)
 
 IMAGE_VISIBILITY = ("latest", "all_previous")
 
-# Instead of its path, what a saved configuration says of a part that did not come from the Hub.
+# Instead of its path, what a saved configuration says of a component that did not come from the Hub.
 LOCAL_FOLDER = "a local folder"
 
 
@@ -58,7 +58,7 @@ class AgeVlmConfig(PreTrainedConfig):
             the third on when left out: 2, 6, 10, 14 for 16 layers, which are the paper's 2, 7, 12, 17 of the merged
             20-layer stack.
         cross_attention_intermediate_size (`int`, *optional*):
-            Width of the blocks' gated feed-forward part, the language model's own when left out.
+            Width of the blocks' gated feed-forward layer, the language model's own when left out.
         cross_attention_gate_init (`float`, *optional*, defaults to 0.0):
             Start of every gate before its tanh. At 0 a new model equals its language model exactly; a model that is
             trained from scratch has nothing to preserve and learns faster from 0.5.

@@ -52,7 +52,7 @@ def run_arm(recipe: Recipe, arm: str, *, curve_on: str, metrics, source: DataSou
 
     Args:
         recipe: of this arm, see `arm_recipe`.
-        curve_on: part of the data, `validation` or `test`, on which the curve against steps is taken.
+        curve_on: split of the data, `validation` or `test`, on which the curve against steps is taken.
         metrics: (model, processor, items) -> metrics of the answers.
         source: data instead of what the recipe says.
 
@@ -79,24 +79,24 @@ def run_arm(recipe: Recipe, arm: str, *, curve_on: str, metrics, source: DataSou
     }
     result["recipe"] = dataclasses.asdict(recipe)
     best = best_head = None
-    for part in ("validation", "test"):
-        items = getattr(source, part)
+    for split in ("validation", "test"):
+        items = getattr(source, split)
         phrases = attention(model, processor, items)
         layers, heads = range(phrases.attention.shape[1]), range(phrases.attention.shape[2])
         if best is None:  # chosen on validation, reported on test
             best = max(layers, key=lambda layer: float(phrases.scores([layer], heads)[1].mean()))
             single = [(layer, head) for layer in layers for head in heads]
             best_head = max(single, key=lambda pair: float(phrases.scores([pair[0]], [pair[1]])[1].mean()))
-        result[part] = metrics(model, processor, items)
-        result[part]["pointing, best layer"] = float(phrases.scores([best], heads)[1].mean())
-        result[part]["attention mass, best layer"] = float(phrases.scores([best], heads)[0].mean())
-        result[part]["pointing, best head"] = float(phrases.scores([best_head[0]], [best_head[1]])[1].mean())
-        result[part]["pointing, chance"] = float((phrases.coverage > 0).float().mean())
-        result[part]["attention mass, chance"] = float(phrases.coverage.mean())
+        result[split] = metrics(model, processor, items)
+        result[split]["pointing, best layer"] = float(phrases.scores([best], heads)[1].mean())
+        result[split]["attention mass, best layer"] = float(phrases.scores([best], heads)[0].mean())
+        result[split]["pointing, best head"] = float(phrases.scores([best_head[0]], [best_head[1]])[1].mean())
+        result[split]["pointing, chance"] = float((phrases.coverage > 0).float().mean())
+        result[split]["attention mass, chance"] = float(phrases.coverage.mean())
         if arm != "concatenation":
             mass, hits = phrases.scores(recipe.alignment.layers, recipe.alignment.head_indices(len(heads)))
-            result[part] |= {"attention mass": float(mass.mean()), "pointing": float(hits.mean())}
-            result[part]["pointing by class"] = _by_class(phrases, hits)
+            result[split] |= {"attention mass": float(mass.mean()), "pointing": float(hits.mean())}
+            result[split]["pointing by class"] = _by_class(phrases, hits)
     return result | {"seconds": time.perf_counter() - started}
 
 
@@ -232,7 +232,7 @@ def run_all(script: str, jobs: Sequence[tuple[str, list[str]]], work: Path, work
     for path, result in zip(results, loaded):
         if _without_arm(result["recipe"]) != _without_arm(loaded[0]["recipe"]):
             raise UserError(
-                f"--work: '{path}' is of another recipe than '{results[0]}', expected the same, or another folder."
+                f"--work: '{path}' belongs to a different recipe than '{results[0]}'; use that recipe or a new folder."
             )
     return loaded
 

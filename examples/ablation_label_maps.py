@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> None:
     if options.run:
         recipe.training = dataclasses.replace(recipe.training, steps=lengths[0])
         recipe = arm_recipe(recipe, options.arms[0], options.seeds[0])
-        result = run_arm(recipe, options.arms[0], curve_on="validation", metrics=presence_metrics_of)
+        result = run_arm(recipe, options.arms[0], curve_on="validation", metrics=measure_presence)
         save_result(Path(options.run), result | {"learning_rate": recipe.training.learning_rate})
         return
 
@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> None:
         print(Path(f"{name}.md").read_text("utf-8"))
 
 
-def presence_metrics_of(model, processor, items) -> dict:
+def measure_presence(model, processor, items) -> dict:
     """AUC of presence, from logit(yes) - logit(no), over all classes that are clearly there or not; POPE accuracies."""
     scores = yes_scores(model, processor, items)
     return metrics_of_scores(scores, items)

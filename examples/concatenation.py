@@ -1,7 +1,7 @@
 """The baseline of the ablations: image tokens concatenated with the text, in `LlavaForConditionalGeneration`.
 
 The same vision encoder, projector, position encoding, language model, data and loss as AGE-VLM; only the fusion differs.
-What the cross-attention blocks would hold goes into a wider feed-forward part, so that the parameters agree.
+What the cross-attention blocks would hold goes into a wider feed-forward layer, so that the parameters agree.
 """
 
 import copy
@@ -16,9 +16,8 @@ from age_vlm.data.chat import ChatEncoder
 from age_vlm.data.schema import Sample
 from age_vlm.modeling_agevlm.vision_agevlm import (
     AgeVlmMultiModalProjector,
-    feature_map,
+    image_tokens,
     position_encoding_2d,
-    token_grid,
     vision_width,
 )
 
@@ -33,10 +32,8 @@ class ConcatenationModel(LlavaModel):
         nn.init.normal_(self.multi_modal_projector.linear.weight, std=width**-0.5)
 
     def get_image_features(self, pixel_values, **kwargs):
-        states = feature_map(self.vision_tower, self.vision_tower(pixel_values, return_dict=True).last_hidden_state)
-        tokens, rows, columns = token_grid(
-            states, self.vision_tower, self.config.vision_config, tuple(pixel_values.shape[-2:])
-        )
+        states = self.vision_tower(pixel_values, return_dict=True).last_hidden_state
+        tokens, rows, columns = image_tokens(self.vision_tower, states, tuple(pixel_values.shape[-2:]))
         tokens = self.multi_modal_projector(tokens)
         tokens = tokens + position_encoding_2d(rows, columns, tokens.shape[-1], like=tokens)
         return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=list(tokens))

@@ -135,9 +135,9 @@ def grounded_scenes(recipe: Recipe, teacher: str, work: Path) -> dict[str, float
             datasets.Dataset.from_list(samples, features=FEATURES).save_to_disk(f"{scratch}/scenes")
             Path(scratch, "scenes").rename(drawn)
     summary = ground(datasets.load_from_disk(drawn), masks, loaded, batch_size=32)
-    left_out = summary.left_out_phrases.counts
-    metrics = {"phrases": summary.phrases, "left out": sum(left_out.values()), "mean IoU": mean_iou(recipe, masks)}
-    print(json.dumps({"seed": recipe.seed, **metrics, "reasons": dict(left_out)}), flush=True)
+    rejects = summary.rejected_phrases.counts
+    metrics = {"phrases": summary.phrases, "left out": sum(rejects.values()), "mean IoU": mean_iou(recipe, masks)}
+    print(json.dumps({"seed": recipe.seed, **metrics, "reasons": dict(rejects)}), flush=True)
     return metrics
 
 

@@ -15,9 +15,9 @@ NO_IMAGE = 2**30
 
 class ImageCacheLayerMixin(CacheLayerMixin):
     """Adds to a cache layer: `image_keys` and `image_values` (batch, heads, tokens, head_dim), and `image_positions`
-    (batch, tokens), the place in the text of the image that a token is of, `NO_IMAGE` for padding."""
+    (batch, tokens), which image of the text a token belongs to, `NO_IMAGE` for padding."""
 
-    _layer_type = None  # a subclass of a layer that registers itself by type must not take its place
+    _layer_type = None  # a subclass of a layer that registers itself by type must not replace it
 
     image_keys: torch.Tensor | None = None
     image_values: torch.Tensor | None = None

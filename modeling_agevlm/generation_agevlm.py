@@ -49,8 +49,8 @@ class AgeVlmGenerationMixin(GenerationMixin):
         """
 
         def setting(name: str):
-            places = (generation_config, self.generation_config)
-            given = (kwargs.get(name), *(getattr(place, name, None) for place in places))
+            configs = (generation_config, self.generation_config)
+            given = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
             return next((value for value in given if value is not None), None)
 
         if setting("prefill_chunk_size") is not None and (kwargs.get("pixel_values") is not None or _encoded(kwargs)):

@@ -24,10 +24,9 @@ from .pretrained_agevlm import AgeVlmPreTrainedModel
 from .vision_agevlm import (
     AgeVlmMultiModalProjector,
     drop_unused_head,
-    feature_map,
     image_shape,
+    image_tokens,
     position_encoding_2d,
-    token_grid,
     vision_encoder,
     vision_width,
 )
@@ -64,8 +63,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
             training = [module for module in tower.modules() if module.training]
             tower.eval()  # a blank image is nothing to take statistics of
             blank = torch.zeros(1, channels, height, width, device=tower.device, dtype=tower.dtype)
-            states = feature_map(tower, tower(blank, return_dict=True).last_hidden_state)
-            _, *grid = token_grid(states, tower, self.config.vision_config, (height, width))
+            _, *grid = image_tokens(tower, tower(blank, return_dict=True).last_hidden_state, (height, width))
             for module in training:
                 module.training = True
             self.image_grids[height, width] = tuple(grid)
@@ -138,12 +136,10 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
         last_hidden_state, hidden_states = outputs.last_hidden_state, outputs.hidden_states
         if isinstance(last_hidden_state, (list, tuple)):
             last_hidden_state, hidden_states = last_hidden_state[-1], tuple(last_hidden_state) if wanted else None
-        states = feature_map(self.vision_tower, last_hidden_state)
-        tokens, rows, columns = token_grid(
-            states, self.vision_tower, self.config.vision_config, tuple(pixel_values.shape[-2:])
-        )
+        image_size = tuple(pixel_values.shape[-2:])
+        tokens, rows, columns = image_tokens(self.vision_tower, last_hidden_state, image_size)
         if not torch.compiler.is_compiling():  # nothing that a graph should depend on
-            self.image_grids[tuple(pixel_values.shape[-2:])] = rows, columns
+            self.image_grids[image_size] = rows, columns
         tokens = self.multi_modal_projector(tokens)
         return BaseModelOutputWithPooling(
             last_hidden_state=last_hidden_state,
@@ -212,7 +208,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
             image_token_mask: (batch, length), with `inputs_embeds`: which of them stand for an image, see `find_image_tokens`.
             image_indices: (image tokens,) which image each image token stands for, where several share one.
             cross_attention_queries: (maps, 2) batch index and position of the text rows whose attention maps are wanted.
-            mm_encoder_outputs: `{"image": output of get_image_features}` in the place of `pixel_values`.
+            mm_encoder_outputs: `{"image": output of get_image_features}` instead of `pixel_values`.
 
         Raises:
             ValueError: one sentence, where shapes or numbers of images and image tokens disagree.
@@ -243,19 +239,19 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
             is_image = self.find_image_tokens(input_ids, inputs_embeds, image_token_mask)
             check_image_count(int(is_image.sum()), len(image_states), image_indices)
             image_states, image_indices = image_states[image_indices], None
-        placed = None
+        images_by_row = None
         if image_states is not None:
             image_states = image_states.to(inputs_embeds.device, inputs_embeds.dtype)
             is_image = self.find_image_tokens(input_ids, inputs_embeds, image_token_mask)
             check_image_count(int(is_image.sum()), image_states.shape[0], image_indices)
             past_length = cache.get_seq_length() if cache is not None else 0
-            placed = group_images_by_row(is_image, image_indices, past_length)
+            images_by_row = group_images_by_row(is_image, image_indices, past_length)
         elif cache is None and not torch.compiler.is_compiling():
             if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
                 # All ranks must run, and reduce, the same parameters; a rank without an image gives them zeros.
                 blank = inputs_embeds.new_zeros(1, *image_shape(self.config.vision_config))
                 image_states = self.get_image_features(blank, return_dict=True).pooler_output.to(inputs_embeds.dtype)
-                placed = unseen_images(batch, inputs_embeds.device)
+                images_by_row = unseen_images(batch, inputs_embeds.device)
             elif input_ids is not None and (input_ids == self.config.image_token_id).any():
                 logger.warning_once("Got image tokens but no images: these rows are treated as text.")
 
@@ -265,7 +261,7 @@ class AgeVlmModel(AgeVlmPreTrainedModel):
             cache=cache,
             inputs_embeds=inputs_embeds,
             image_states=image_states,
-            images_by_row=placed,
+            images_by_row=images_by_row,
             cross_attention_queries=cross_attention_queries,
             **kwargs,
         )

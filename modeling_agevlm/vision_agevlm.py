@@ -19,8 +19,8 @@ class AgeVlmTimmWrapperModel(TimmWrapperModel):
         device = next(self.parameters()).device
         if not torch.compiler.is_compiling() and device.type == "meta":
             hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
-            places = (getattr(hook, "execution_device", None) for hook in hooks)
-            device = next((torch.device(place) for place in places if place is not None), device)
+            devices = (getattr(hook, "execution_device", None) for hook in hooks)
+            device = next((torch.device(given) for given in devices if given is not None), device)
         return device
 
 
@@ -68,31 +68,29 @@ def drop_unused_head(vision_tower: nn.Module) -> None:
         setattr(getattr(vision_tower, "vision_model", vision_tower), norm, nn.Identity())
 
 
-def feature_map(vision_tower: nn.Module, last_hidden_state: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
-    """The encoder's last map or token sequence, through timm's `head.norm`, which timm itself applies only when pooling.
-    timm's `features_only` gives a list of maps, one a stage."""
-    if isinstance(last_hidden_state, (list, tuple)):
-        last_hidden_state = last_hidden_state[-1]
-    norm = getattr(getattr(getattr(vision_tower, "timm_model", None), "head", None), "norm", None)
-    if norm is not None and last_hidden_state.ndim == 4:
-        last_hidden_state = norm(last_hidden_state)
-    return last_hidden_state
-
-
-def token_grid(
-    states: torch.Tensor, vision_tower: nn.Module, config: PreTrainedConfig, image_size: tuple[int, int]
+def image_tokens(
+    vision_tower: nn.Module, last_hidden_state: torch.Tensor | list[torch.Tensor], image_size: tuple[int, int]
 ) -> tuple[torch.Tensor, int, int]:
     """Encoder output -> image tokens (images, rows x columns, width) in reading order, rows, columns.
 
-    A token sequence may start with class or register tokens: what is over after one token per patch is dropped.
+    A map passes through timm's `head.norm`, which timm itself applies only when pooling. Of several maps, one a stage, the
+    last counts. A token sequence may start with class or register tokens: what is over after one token per patch is dropped.
+
+    Args:
+        image_size: height and width of the images, in pixels.
     """
+    states = last_hidden_state[-1] if isinstance(last_hidden_state, (list, tuple)) else last_hidden_state
+    model = getattr(vision_tower, "timm_model", None)
     if states.ndim == 4:
-        if getattr(getattr(vision_tower, "timm_model", None), "output_fmt", "NCHW") == "NHWC":  # timm's Swin
+        norm = getattr(getattr(model, "head", None), "norm", None)
+        if norm is not None:
+            states = norm(states)
+        if getattr(model, "output_fmt", "NCHW") == "NHWC":  # timm's Swin
             states = states.permute(0, 3, 1, 2)
         return states.flatten(2).transpose(1, 2), states.shape[2], states.shape[3]
-    patch = getattr(config, "patch_size", None)
-    if patch is None and hasattr(vision_tower, "timm_model"):
-        patch = vision_tower.timm_model.patch_embed.patch_size
+    patch = getattr(vision_tower.config, "patch_size", None)
+    if patch is None and model is not None:
+        patch = model.patch_embed.patch_size
     patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
     rows, columns = image_size[0] // patch_height, image_size[1] // patch_width
     while rows * columns > states.shape[1]:  # an encoder that merges patches on the way

@@ -35,7 +35,7 @@ def unfinished(folder: Path, names: Collection[str], kind: str = "") -> list[Pat
 
 @contextmanager
 def replaced(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when it is whole and on the disk; until then that stays as it is."""
+    """A file that replaces `path` when it is whole and on the disk; until then that stays as it is."""
     part = beside(path)
     opened = open(part, "xb")
     try:

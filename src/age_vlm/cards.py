@@ -28,7 +28,7 @@ UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
-class Part:
+class Component:
     """A pretrained model that an AGE-VLM was built from.
 
     Attributes:
@@ -45,15 +45,15 @@ class Part:
         return is_hub_id(self.name)
 
 
-def parts_card(model: AgeVlmForConditionalGeneration) -> str:
+def components_card(model: AgeVlmForConditionalGeneration) -> str:
     """Markdown with the Hub's metadata in front, for a model of which no more is known than what it holds: one from
     `from_backbones`, whether or not it was trained since."""
     config = model.config
     blocks = [model.model.language_model.layers[index].cross_attention for index in config.cross_attention_layers]
-    parts = config_parts(config)
+    components = config_components(config)
     return render_card(
-        parts=parts,
-        licenses=[] if parts else [None],
+        components=components,
+        licenses=[] if components else [None],
         title="AGE-VLM",
         language=None,
         question=ANY_QUESTION,
@@ -66,23 +66,25 @@ def parts_card(model: AgeVlmForConditionalGeneration) -> str:
     )
 
 
-def config_parts(config: AgeVlmConfig) -> list[Part]:
+def config_components(config: AgeVlmConfig) -> list[Component]:
     """What `from_backbones` built the model of that configuration from, none for a model that began with random weights."""
-    parts = {"language model": config.text_config, "vision encoder": config.vision_config}
+    components = {"language model": config.text_config, "vision encoder": config.vision_config}
     return [
-        Part(role, part.name_or_path, getattr(part, "license", None) or read_license(part.name_or_path))
-        for role, part in parts.items()
-        if part.name_or_path
+        Component(
+            role, component.name_or_path, getattr(component, "license", None) or read_license(component.name_or_path)
+        )
+        for role, component in components.items()
+        if component.name_or_path
     ]
 
 
 def keep_licenses(config: object) -> None:
     """Notes in a configuration the licences of the local folders it was built from, whose paths are not saved with it."""
     if isinstance(config, AgeVlmConfig):
-        for part in (config.text_config, config.vision_config):
-            name = part.name_or_path
+        for component in (config.text_config, config.vision_config):
+            name = component.name_or_path
             if name and is_local(name) and name != LOCAL_FOLDER and (license := read_license(name)):
-                part.license = license
+                component.license = license
 
 
 def read_license(name: str, kind: type[RepoCard] = ModelCard) -> str | None:
@@ -108,20 +110,22 @@ def is_hub_id(name: str) -> bool:
 
 
 def _license(licenses: Iterable[str | None]) -> str:
-    """Of a whole: that of all its parts, `other` where they differ, unknown where that of one is."""
+    """Of a whole: that of all its components, `other` where they differ, unknown where that of one is."""
     found = set(licenses)
     return UNKNOWN if None in found or not found else found.pop() if len(found) == 1 else "other"
 
 
-def render_card(parts: list[Part], licenses: list[str | None], title: str, language: str | None, **values) -> str:
-    license = _license([*licenses, *(part.license for part in parts)])
+def render_card(
+    components: list[Component], licenses: list[str | None], title: str, language: str | None, **values
+) -> str:
+    license = _license([*licenses, *(component.license for component in components)])
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         license=license,
         # The Hub asks for a name where the licence is none of its list.
-        license_name="that-of-its-parts" if license == "other" else None,
-        base_model=[part.name for part in parts if part.on_hub] or None,
+        license_name="that-of-its-components" if license == "other" else None,
+        base_model=[component.name for component in components if component.on_hub] or None,
         tags=["age-vlm", "grounding", "hallucination"],
         language=language,
     )
@@ -131,5 +135,10 @@ def render_card(parts: list[Part], licenses: list[str | None], title: str, langu
         trim_blocks=True,
     )
     return template.render(
-        metadata=data.to_yaml(), title=title, parts=parts, repository=THIS_REPOSITORY, version=__version__, **values
+        metadata=data.to_yaml(),
+        title=title,
+        components=components,
+        repository=THIS_REPOSITORY,
+        version=__version__,
+        **values,
     )

@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     ground.add_argument("--teacher", required=True, help="annotated, sam2, sam2-transformers or sam3")
     ground.add_argument("--model", help="tiny, small, base-plus, large, a Hub id or a folder (default: large)")
     ground.add_argument("--output", default="runs/masks", help="folder of the run (default: runs/masks)")
-    ground.add_argument("--split", default="train", help="part of the data set (default: train)")
+    ground.add_argument("--split", default="train", help="split of the data set (default: train)")
     ground.add_argument("--min-score", type=float, default=0.5, help="least score of a mask (default: 0.5)")
     ground.add_argument("--min-area", type=float, default=0.0, help="least share of the image (default: 0)")
     ground.add_argument("--max-area", type=float, default=1.0, help="largest share of the image (default: 1)")
@@ -116,15 +116,21 @@ def _run(recipe_path, options: argparse.Namespace, output: str | None) -> None:
     recipe = load_recipe(recipe_path, options.overrides)
     folder = Path(output or Path("runs") / recipe.name)
 
-    from .commands.train import run_recipe, table_rows
-    from .console import plain_console, plain_table
+    from .commands.train import run_recipe
     from .training.distributed import is_main, leave
 
     metrics = run_recipe(recipe, folder, overwrite=options.overwrite, resume=options.resume)
     leave()
     if not is_main():
         return
-    table = plain_table(["metric", *metrics], title=f"{recipe.name}, test part, seed {recipe.seed}")
+    _print_metrics(metrics, f"{recipe.name}, test split, seed {recipe.seed}", folder)
+
+
+def _print_metrics(metrics: dict[str, dict[str, float]], title: str, folder: Path) -> None:
+    from .commands.train import table_rows
+    from .console import plain_console, plain_table
+
+    table = plain_table(["metric", *metrics], title=title)
     for row in table_rows(metrics):
         table.add_row(row["metric"], *(f"{row[name]:.3f}" if name in row else "-" for name in metrics))
     console = plain_console()
@@ -138,8 +144,7 @@ def _pipeline(options: argparse.Namespace) -> None:
     stages = load_stages(options.recipes, options.overrides)
 
     from .commands.pipeline import run_stages
-    from .commands.train import table_rows
-    from .console import plain_console, plain_table
+    from .console import plain_console
     from .training.distributed import is_main, leave
 
     console = plain_console(quiet=not is_main())
@@ -147,12 +152,8 @@ def _pipeline(options: argparse.Namespace) -> None:
         stages, options.output, on_stage=lambda name, state: console.print(f"{name}: {state}", soft_wrap=True)
     )
     leave()
-    table = plain_table(["metric", *metrics], title="test part of each recipe's own data")
-    for row in table_rows(metrics):
-        table.add_row(row["metric"], *(f"{row[name]:.3f}" if name in row else "-" for name in metrics))
-    console.print(table)
-    last = Path(options.output) / list(stages)[-1]
-    console.print(f"Report: {last / 'report.html'}", f"Checkpoint: {last / 'checkpoint'}", sep="\n", soft_wrap=True)
+    if is_main():
+        _print_metrics(metrics, "test split of each recipe's own data", Path(options.output) / list(stages)[-1])
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -209,8 +210,8 @@ def _ground(options: argparse.Namespace) -> None:
     table = plain_table(["samples and phrases", "number"], title=f"masks by {options.teacher}")
     table.add_row("samples written", f"{summary.samples:,}")
     table.add_row("phrases with a mask", f"{summary.phrases:,}")
-    for kind, left_out in (("samples", summary.left_out_samples), ("phrases", summary.left_out_phrases)):
-        for reason, count in left_out.counts.most_common():
+    for kind, rejects in (("samples", summary.rejected_samples), ("phrases", summary.rejected_phrases)):
+        for reason, count in rejects.counts.most_common():
             table.add_row(f"{kind} left out: {reason}", f"{count:,}")
     if summary.iou is not None:
         table.add_row("mean IoU with the masks of the data", f"{summary.iou:.3f}")

@@ -20,10 +20,15 @@ class UserError(ValueError):
 
 
 def one_of(given: object, known: Iterable[str]) -> str:
-    """`one of a, b, c (nearest: 'b')`: what was expected in the place of `given`, as the end of a sentence."""
+    """`one of a, b, c (nearest: 'b')`: what was expected instead of `given`, as the end of a sentence."""
     known = list(known)
-    nearest = get_close_matches(str(given), known, n=1, cutoff=0.0)
-    return f"one of {', '.join(known)}" + (f" (nearest: '{nearest[0]}')" if nearest else "")
+    return f"one of {', '.join(known)}{nearest(given, known)}"
+
+
+def nearest(given: object, known: Iterable[str]) -> str:
+    """` (nearest: 'b')`, for known names that are too many to list; empty where there are none."""
+    found = get_close_matches(str(given), list(known), n=1, cutoff=0.0)
+    return f" (nearest: '{found[0]}')" if found else ""
 
 
 def run_command(name: str, command: Callable[[], object], *, debug: bool = False) -> int:

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from transformers.utils import find_adapter_config_file, has_file
 
 from .atomic_files import beside, unfinished, with_plain_modes
-from .cards import THIS_REPOSITORY, is_local, keep_licenses, parts_card
+from .cards import THIS_REPOSITORY, components_card, is_local, keep_licenses
 from .configuration import AgeVlmConfig
 from .configuration.configuration_agevlm import unknown_option
 from .errors import UserError
@@ -152,7 +152,7 @@ def push_checkpoint(
 
     Args:
         repository: Hub id, made if it is not there.
-        card: Markdown in which `THIS/REPOSITORY` stands for `repository`; that of `model_card.parts_card` when left out.
+        card: Markdown in which `THIS/REPOSITORY` stands for `repository`; that of `model_card.components_card` when left out.
         private: whether a new repository is.
         revision: branch, made if it is not there.
     """
@@ -160,7 +160,7 @@ def push_checkpoint(
     repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
     if revision is not None:
         api.create_branch(repository, branch=revision, exist_ok=True)
-    card = (card or parts_card(model)).replace(THIS_REPOSITORY, repository)
+    card = (card or components_card(model)).replace(THIS_REPOSITORY, repository)
     with tempfile.TemporaryDirectory() as folder:
         saved = save_checkpoint(model, processor, Path(folder) / "checkpoint", card)
         if (saved / "adapter_config.json").is_file():

@@ -10,7 +10,7 @@ def test_a_pipeline_prints_a_table_of_its_stages(capsys, recipe, tmp_path, short
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "only: started" in printed and "Checkpoint: out/only/checkpoint" in printed
-    table = printed[printed.index("test part of each") :]
+    table = printed[printed.index("test split of each") :]
     assert re.search("metric .* only", table) and "pope/adversarial/accuracy" in table
     assert main(arguments) == 0
     printed = capsys.readouterr().out

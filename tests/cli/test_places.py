@@ -62,11 +62,11 @@ PLACES = [
     ("train recipe.yaml 'data={kind: dataset, path: secret}'", "data.path: 'secret' .*cannot be loaded"),
     (
         "train recipe.yaml 'data={kind: label_maps, images: file, labels: folder, classes: [a]}'",
-        "images must be a folder",
+        "images: got .*, expected a folder",
     ),
     (
         "train recipe.yaml 'data={kind: label_maps, images: folder, labels: none, classes: [a]}'",
-        "labels must be a folder",
+        "labels: got .*, expected a folder",
     ),
     (
         "train recipe.yaml 'data={kind: label_maps, images: secret, labels: folder, classes: [a]}'",

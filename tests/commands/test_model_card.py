@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from age_vlm import AgeVlmConfig, AgeVlmForConditionalGeneration, AgeVlmProcessor
-from age_vlm.cards import ANY_QUESTION, THIS_REPOSITORY, config_parts, is_hub_id, parts_card
+from age_vlm.cards import ANY_QUESTION, THIS_REPOSITORY, components_card, config_components, is_hub_id
 from age_vlm.commands.model_card import model_card
 from age_vlm.commands.recipe import DataRecipe, ModelRecipe, Recipe
 from age_vlm.commands.sources import DataSource
@@ -127,12 +127,12 @@ def built(backbones):
 
 def test_a_model_from_parts_names_them_and_their_licences(built, backbones, tmp_path):
     processor = AgeVlmProcessor.from_backbones(**backbones)
-    assert [part.name for part in config_parts(built.config)] == [str(backbones["text"]), str(backbones["vision"])]
+    assert [part.name for part in config_components(built.config)] == [str(backbones["text"]), str(backbones["vision"])]
     built.save_pretrained(tmp_path / "plain")
     processor.save_pretrained(tmp_path / "plain")
-    saved = save_checkpoint(built, processor, tmp_path / "saved", parts_card(built))
+    saved = save_checkpoint(built, processor, tmp_path / "saved", components_card(built))
     for model in (built, AgeVlmForConditionalGeneration.from_pretrained(saved)):
-        card = ModelCard(parts_card(model))
+        card = ModelCard(components_card(model))
         assert card.data.pipeline_tag == "image-text-to-text" and card.data.library_name == "transformers"
         assert card.data.license == "other" and card.data.license_name == "that-of-its-parts"
         assert card.data.base_model is None, "a folder is no model of the Hub"
@@ -145,27 +145,27 @@ def test_a_model_from_parts_names_them_and_their_licences(built, backbones, tmp_
         for folder in (*backbones.values(), tmp_path):
             assert str(folder).encode() not in file.read_bytes(), file
     again = AgeVlmForConditionalGeneration.from_pretrained(tmp_path / "plain")
-    assert ModelCard(parts_card(again)).data.license == "unknown"
-    assert [part.license for part in config_parts(again.config)] == [None, None]
+    assert ModelCard(components_card(again)).data.license == "unknown"
+    assert [part.license for part in config_components(again.config)] == [None, None]
 
 
 def test_parts_of_the_hub_are_its_base_models(built, hub_cache):
     built.config.text_config.name_or_path, built.config.vision_config.name_or_path = "some/llama", "some/encoder"
-    card = ModelCard(parts_card(built))
+    card = ModelCard(components_card(built))
     assert card.data.base_model == ["some/llama", "some/encoder"] and card.data.license == "unknown"
     assert "[some/llama](https://huggingface.co/some/llama) | not known: see its card |" in card.text
     hub_cache("some/llama", {"README.md": "---\nlicense: mit\n---\n"})
-    assert ModelCard(parts_card(built)).data.license == "unknown", "of one the licence is not known"
+    assert ModelCard(components_card(built)).data.license == "unknown", "of one the licence is not known"
     hub_cache("some/encoder", {"README.md": "---\nlicense: mit\n---\n"})
-    card = ModelCard(parts_card(built))
+    card = ModelCard(components_card(built))
     assert card.data.license == "mit" and card.data.license_name is None
     assert card.text.count("| mit |") == 2
 
 
 def test_open_gates_and_random_beginnings_are_told_apart(make_model):
-    card = ModelCard(parts_card(make_model()))
+    card = ModelCard(components_card(make_model()))
     assert "Every gate is closed" not in card.text
-    assert card.data.license == "unknown" and "## Parts" not in card.text
+    assert card.data.license == "unknown" and "## Components" not in card.text
     assert "layers 1, 3, counted from 0" in card.text
 
 
@@ -268,7 +268,7 @@ def test_folders_are_not_taken_for_repositories(tmp_path, monkeypatch):
 def test_the_snippets_of_the_cards_run(built, backbones, tmp_path):
     processor = AgeVlmProcessor.from_backbones(**backbones)
     photographs = DataRecipe(kind="label_maps", images="a", labels="b", classes=["sky", "road"])
-    cards = [parts_card(built), card_of(Recipe()), card_of(Recipe(data=photographs))]
+    cards = [components_card(built), card_of(Recipe()), card_of(Recipe(data=photographs))]
     folder = save_checkpoint(built, processor, tmp_path / "checkpoint")
     # As someone runs them who has not got age-vlm.
     lines = ["import sys", "sys.modules['age_vlm'] = None"]

@@ -291,19 +291,31 @@ def save(path, array):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f: save(f / "labels/frame01.png", np.zeros((10, 12), np.uint8)), "frame01.png .* 80 x 60, got 12 x 10"),
+        (
+            lambda f: save(f / "labels/frame01.png", np.zeros((10, 12), np.uint8)),
+            "frame01.png: got 12 x 10 pixels.* 80 x 60",
+        ),
         (
             lambda f: save(f / "labels/frame01.png", np.full((60, 80), 7, np.uint8)),
             "frame01.png .*index 7, expected 0",
         ),
         (lambda f: save(f / "labels/frame01.png", np.full((60, 80), 40_000, np.uint16)), "index 40000"),
-        (lambda f: save(f / "labels/frame01.png", np.zeros((60, 80, 3), np.uint8)), "one index per pixel, got .*RGB"),
-        (lambda f: (f / "images/frame01.png").write_text("no image"), "images/frame01.png must be an image"),
+        (
+            lambda f: save(f / "labels/frame01.png", np.zeros((60, 80, 3), np.uint8)),
+            "got .*RGB, expected one index per pixel",
+        ),
+        (
+            lambda f: (f / "images/frame01.png").write_text("no image"),
+            "images/frame01.png: could not be read, expected an image",
+        ),
         (
             lambda f: (f / "images/frame01.png").write_bytes((f / "images/frame01.png").read_bytes()[:120]),
-            "images/frame01.png must be an image",
+            "images/frame01.png: could not be read, expected an image",
         ),
-        (lambda f: (f / "labels/frame01.png").write_bytes(b"\x89PNG\r\n\x1a\n"), "labels/frame01.png must be an image"),
+        (
+            lambda f: (f / "labels/frame01.png").write_bytes(b"\x89PNG\r\n\x1a\n"),
+            "labels/frame01.png: could not be read, expected an image",
+        ),
         (lambda f: save(f / "images/frame01.bmp", np.zeros((60, 80), np.uint8)), "one file per stem"),
         (lambda f: [p.unlink() for p in (f / "labels").iterdir()], "share file stems, got none among 3 files"),
         (lambda f: (f / "instances/frame02.png").unlink(), "none for 'frame02'"),
@@ -319,8 +331,8 @@ def test_bad_files_are_named(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"images": "nowhere"}, "images must be a folder, got 'nowhere'"),
-        ({"labels": "nowhere"}, "labels must be a folder"),
+        ({"images": "nowhere"}, "images: got 'nowhere', expected a folder"),
+        ({"labels": "nowhere"}, "labels: got .*, expected a folder"),
         ({"ignore": ()}, "index 4, expected 0 to 3"),
         ({"classes": CLASSES[:3]}, "index 3, expected 0 to 2"),
         ({"ignore": (-1,)}, "got -1"),
@@ -372,15 +384,15 @@ def test_images_without_labels_are_reported(tmp_path):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: m.split(0), "fraction must lie"),
-        (lambda m: m.split(validation=1.0), "validation must lie"),
+        (lambda m: m.split(0), "fraction: got"),
+        (lambda m: m.split(validation=1.0), "validation: got"),
         (lambda m: m.subset(m.frames[:2]).split(), "got 2 frames"),
-        (lambda m: m.crop(0, np.random.default_rng(0), (0, 5)), "size must be"),
-        (lambda m: m.crop(0, np.random.default_rng(0), min_side=0), "min_side must lie"),
-        (lambda m: LabelMapsDataset(m, length=0), "length must be"),
+        (lambda m: m.crop(0, np.random.default_rng(0), (0, 5)), "size: got"),
+        (lambda m: m.crop(0, np.random.default_rng(0), min_side=0), "min_side: got"),
+        (lambda m: LabelMapsDataset(m, length=0), "length: got"),
         (
             lambda m: label_map_sample(m, next(m.evaluation_crops(1)), np.random.default_rng(0), "some"),
-            "questions must be",
+            "questions: got",
         ),
     ],
 )

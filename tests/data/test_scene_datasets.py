@@ -88,7 +88,7 @@ def phrase(sample, grounding):
 
 def test_texts_of_no_kind_are_refused():
     for texts in ([], ["captions"]):
-        with pytest.raises(ValueError, match="^texts is .*, expected some of caption, existence"):
+        with pytest.raises(ValueError, match="^texts: got .*, expected some of caption, existence"):
             ScenesDataset("train", 3, texts=texts)
 
 

@@ -118,7 +118,7 @@ def test_it_prints_the_metrics_and_saves_the_adapter(main, label_maps, kind, tmp
         (["--images", "x"], "--images, --labels, --classes: got --images, expected all three or none."),
         (
             ["--images", "none", "--labels", "none", "--classes", "a"],
-            "images must be a folder, got 'none', which is none.",
+            "images: got 'none', expected a folder",
         ),
         (["--model", "none/there"], "--model: 'none/there' could not be loaded as an AGE-VLM: "),
         (["--seed", "-1"], "--seed: got -1, expected at least 0."),

@@ -63,7 +63,7 @@ def test_annotated_data_come_out_as_they_went_in(scenes, annotated, tmp_path):
         validate_sample(sample)
         assert sample["images"][0].tobytes() == expected["images"][0].tobytes()
     assert (summary.samples, summary.phrases) == (7, sum(map(len, scenes["groundings"])))
-    assert summary.left_out_samples.total == summary.left_out_phrases.total == 0 and summary.iou is None
+    assert summary.rejected_samples.total == summary.rejected_phrases.total == 0 and summary.iou is None
     files = str(tmp_path / "out" / "data" / "*.parquet")
     assert datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=tmp_path / "cache").num_rows == 7
 
@@ -113,7 +113,7 @@ def test_limits_of_the_area(annotated, tmp_path):
     rows = [masked_row(area) for area in (0, 9, 10, 60, 61)]
     summary = run(rows, tmp_path / "out", annotated, min_area=0.1, max_area=0.6)
     assert [len(sample["groundings"]) for sample in load(tmp_path / "out")] == [0, 0, 1, 1, 0]
-    assert summary.left_out_phrases.counts == {
+    assert summary.rejected_phrases.counts == {
         "its mask is empty": 1,
         "its mask covers less than 0.1 of the image": 1,
         "its mask covers more than 0.6 of the image": 1,
@@ -133,7 +133,7 @@ def test_least_score(sam2_teacher, tmp_path):
     middle = round(float(np.median(scores)), 3)
     summary = run(rows, tmp_path / "some", sam2_teacher, min_score=middle)
     assert summary.phrases == sum(score >= middle for score in scores) < 3
-    assert summary.left_out_phrases.counts == {f"its score is below {middle:g}": 3 - summary.phrases}
+    assert summary.rejected_phrases.counts == {f"its score is below {middle:g}": 3 - summary.phrases}
 
 
 def test_what_cannot_be_used_is_left_out_and_counted(sam2_teacher, tmp_path):
@@ -146,14 +146,14 @@ def test_what_cannot_be_used_is_left_out_and_counted(sam2_teacher, tmp_path):
     ]
     summary = run(rows, tmp_path / "out", sam2_teacher, shard_size=1, min_score=0.0)
     assert (summary.samples, summary.phrases) == (2, 2)
-    assert summary.left_out_samples.counts == {
+    assert summary.rejected_samples.counts == {
         "image cannot be read": 1,
         "it does not follow the schema": 1,
         "image file is missing": 1,
     }
-    assert summary.left_out_samples.examples["image cannot be read"] == "broken"
-    assert summary.left_out_phrases.counts == {"there is neither a box nor a point for it": 1}
-    assert summary.left_out_phrases.examples["there is neither a box nor a point for it"] == "'cat' of 2"
+    assert summary.rejected_samples.examples["image cannot be read"] == "broken"
+    assert summary.rejected_phrases.counts == {"there is neither a box nor a point for it": 1}
+    assert summary.rejected_phrases.examples["there is neither a box nor a point for it"] == "'cat' of 2"
     # Shards of which nothing is left do not get in the way of those that have something.
     assert load(tmp_path / "out")["id"] == ["0", "2"]
 

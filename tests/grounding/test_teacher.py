@@ -85,7 +85,7 @@ def test_what_cannot_be_asked(sam2_teacher, images):
         ({"name": "annotated", "model": "large"}, "model: got 'large', but the teacher 'annotated' has none"),
         (
             {"name": "sam3", "model": "larg"},
-            "model: got 'larg', expected one of large .nearest: 'large'., a Hub id or a fold",
+            "model: got 'larg', expected a Hub id, a folder that exists, or one of large .nearest: 'large'.",
         ),
         ({"name": "sam3", "model": "./nowhere"}, "model: got './nowhere'"),
         ({"name": "annotated", "dtype": "int8"}, "dtype: got 'int8'"),

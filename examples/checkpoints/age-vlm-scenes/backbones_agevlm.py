@@ -43,7 +43,7 @@ def model_from_backbones(
         "vision", vision, AutoModel, dtype=dtype, config=whole_vision_config, output_loading_info=True
     )
     vision_tower = getattr(vision_tower, "vision_model", vision_tower)
-    # Of a model with a text part too, only the whole knows it; the model card names what a model was built from.
+    # Of a model that reads text too, only the whole knows it; the model card names what a model was built from.
     vision_tower.config.name_or_path = str(vision)
     config = model_class.config_class(
         text_config=text_config,

@@ -118,7 +118,7 @@ class AgeVlmCrossAttention(nn.Module):
 
 
 def image_attention_implementation(config: LlamaConfig) -> str:
-    """The language model's backend; SDPA in the place of flash attention, which has no mask per text row, and of flex
+    """The language model's backend; SDPA instead of flash attention, which has no mask per text row, and of flex
     attention, which gains nothing from a mask that is dense, and whose kernel for it aborts on a CPU (torch 2.15)."""
     implementation = config._attn_implementation or "sdpa"
     return "sdpa" if any(name in implementation for name in ("flash", "flex", "paged")) else implementation

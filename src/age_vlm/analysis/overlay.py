@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import UserError
+from ..errors import UserError, nearest
 
 
 _MARGIN = 12
@@ -39,9 +39,11 @@ def overlay(image: Image.Image, attention: Tensor, *, alpha: float = 0.65, color
     colormap.
     """
     if not 0 <= alpha <= 1:
-        raise UserError(f"alpha must lie in [0, 1], got {alpha}.")
+        raise UserError(f"alpha: got {alpha}, expected a number in [0, 1].")
     if colormap not in matplotlib.colormaps:
-        raise UserError(f"colormap must be one of matplotlib's, got {colormap!r}.")
+        raise UserError(
+            f"colormap: got {colormap!r}, expected the name of a colormap of matplotlib{nearest(colormap, matplotlib.colormaps)}."
+        )
     heat = _stretched(attention, image.size)
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
     colour = matplotlib.colormaps[colormap](heat)[..., :3].astype(np.float32) * 255
@@ -55,9 +57,9 @@ def _stretched(attention: Tensor, size: tuple[int, int]) -> np.ndarray:
     """(height, width) float32 in [0, 1], of an image of `size` (width, height); 0 is no attention, 1 the peak."""
     attention = torch.as_tensor(attention).detach().float().cpu()
     if attention.ndim != 2 or attention.numel() == 0:
-        raise UserError(f"attention must be (h, w), got {tuple(attention.shape)}.")
+        raise UserError(f"attention: got {tuple(attention.shape)}, expected (h, w).")
     if not (torch.isfinite(attention).all() and (attention >= 0).all()):
-        raise UserError("attention must be finite and non-negative, got values that are not.")
+        raise UserError("attention: got values that are negative or not finite, expected numbers from 0 on.")
     heat = F.interpolate(attention[None, None], size=size[::-1], mode="bilinear", align_corners=False)[0, 0]
     return (heat / heat.max().clamp(min=torch.finfo(heat.dtype).tiny)).numpy()
 
@@ -85,7 +87,7 @@ def overlay_sheet(
     Raises UserError for columns or a tile below 1, and what `overlay` refuses.
     """
     if columns < 1 or tile < 1:
-        raise UserError(f"columns and tile must be at least 1, got {columns} and {tile}.")
+        raise UserError(f"columns and tile: got {columns} and {tile}, expected at least 1.")
     scale = tile / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     # A drawn 64-pixel scene keeps its pixels when enlarged; a photograph is smoothed down.

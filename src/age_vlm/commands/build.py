@@ -72,7 +72,7 @@ def set_trainable(model: AgeVlmForConditionalGeneration, recipe: TrainingRecipe)
         what is trained and stored on the way, since an adapter's own file lacks the parts that are trained in full.
     """
     adapted = None
-    targets = [part for part, mode in recipe.modes.items() if mode == "lora"]
+    targets = [component for component, mode in recipe.modes.items() if mode == "lora"]
     if targets:
         from peft import get_peft_model
 

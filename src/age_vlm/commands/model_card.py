@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import yaml
 from huggingface_hub import DatasetCard
 
-from ..cards import ANY_QUESTION, config_parts, read_license, render_card
+from ..cards import ANY_QUESTION, config_components, read_license, render_card
 from ..configuration import AgeVlmConfig
 from ..configuration.configuration_agevlm import LOCAL_FOLDER, is_local
 from .recipe import DataRecipe, Recipe
@@ -26,7 +26,7 @@ def model_card(
     """Markdown with the Hub's metadata in front, for a model that a recipe trained.
 
     Args:
-        metrics: metrics on the test part, by row.
+        metrics: metrics on the test split, by row.
         environment: versions and machine that they were measured with.
         config: of the model, which knows what it was built from, also where the recipe starts from a checkpoint.
     """
@@ -40,7 +40,7 @@ def model_card(
     if recipe.model.checkpoint is not None:
         licenses.append(read_license(str(config.name_or_path)))
     return render_card(
-        parts=config_parts(config),
+        components=config_components(config),
         licenses=licenses,
         title=recipe.name,
         language="en",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..errors import UserError, reading
+from ..errors import UserError, one_of, reading
 from .recipe import PREVIOUS, Recipe
 from .recipe_file import load_recipe
 
@@ -33,7 +33,7 @@ def load_stages(folder: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
     for override in overrides:
         name, colon, _ = override.partition("=")[0].partition(":")
         if colon and name not in own:
-            raise UserError(f"override: '{override}' is for '{name}', expected one of {', '.join(own)}.")
+            raise UserError(f"override: '{override}' is for '{name}', expected {one_of(name, own)}.")
         for stage in [name] if colon else own:
             own[stage].append(override.partition(":")[2] if colon else override)
     stages = {}
@@ -64,7 +64,7 @@ def run_stages(
         on_stage: is told the name of each stage and what becomes of it: `complete already`, `resumed` or `started`.
 
     Returns:
-        Stage -> metrics of its model on the test part of its data.
+        Stage -> metrics of its model on the test split of its data.
 
     Raises:
         UserError: one sentence, before anything runs for a stage whose recipe is not the one it was begun with, one that

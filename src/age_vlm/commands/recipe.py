@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
 from ..configuration import PRESETS, AlignmentConfig
-from ..errors import UserError, one_of
+from ..errors import UserError, nearest, one_of
 from ..modeling_agevlm.components_agevlm import COMPONENTS
 
 
@@ -31,17 +32,13 @@ class ModelRecipe:
     dtype: str | None = None
 
     def __post_init__(self):
-        if self.attention not in ("eager", "sdpa", "flex_attention"):
-            raise UserError(f"model.attention: got '{self.attention}', expected 'eager', 'sdpa' or 'flex_attention'.")
+        _one_of(self, "model", "attention", ("eager", "sdpa", "flex_attention"))
+        _one_of(self, "model", "preset", PRESETS)
         if isinstance(self.image_size, list) and len(self.image_size) != 2:
             raise UserError(f"model.image_size: got {self.image_size}, expected a side, or a height and a width.")
         sides = self.image_size if isinstance(self.image_size, list) else [self.image_size]
         if any(side is not None and side < 1 for side in sides):
             raise UserError(f"model.image_size: got {self.image_size}, expected pixels, at least 1.")
-        if strange := [key for key in self.config if not isinstance(key, str)]:
-            raise UserError(f"model.config: got the key {strange[0]!r}, expected names of fields of AgeVlmConfig.")
-        if self.preset not in PRESETS:
-            raise UserError(f"model.preset: got '{self.preset}', expected {one_of(self.preset, PRESETS)}.")
         if (self.text is None) != (self.vision is None):
             raise UserError("model.text, model.vision: got one without the other, expected both or neither.")
         if self.dtype not in (None, "float32", "bfloat16"):
@@ -81,8 +78,7 @@ class DataRecipe:
     allow_outside: bool = False
 
     def __post_init__(self):
-        if self.kind not in TEXTS:
-            raise UserError(f"data.kind: got '{self.kind}', expected {one_of(self.kind, TEXTS)}.")
+        _one_of(self, "data", "kind", TEXTS)
         if self.kind == "label_maps" and not (self.images and self.labels and self.classes):
             raise UserError("data: kind 'label_maps' needs images, labels and classes, got at least one of them empty.")
         if self.kind == "dataset" and not self.path:
@@ -189,14 +185,13 @@ class TrainingRecipe:
 
     @property
     def modes(self) -> dict[str, str]:
-        """Part -> `frozen`, `full` or `lora`."""
+        """Component -> `frozen`, `full` or `lora`."""
         return {component: getattr(self, component) for component in COMPONENTS}
 
     def __post_init__(self):
-        for component, mode in self.modes.items():
+        for component in COMPONENTS:
             possible = COMPONENT_MODES if component in LORA_COMPONENTS else COMPONENT_MODES[:2]
-            if mode not in possible:
-                raise UserError(f"training.{component}: got '{mode}', expected {one_of(mode, possible)}.")
+            _one_of(self, "training", component, possible)
         if set(self.modes.values()) == {"frozen"}:
             raise UserError(
                 f"training: got 'frozen' for all of {', '.join(COMPONENTS)}, expected at least one that learns."
@@ -212,12 +207,9 @@ class TrainingRecipe:
                 )
             if rate < 0:
                 raise UserError(f"training.learning_rates.{component}: got {rate}, expected at least 0.")
-        if self.precision not in ("fp32", "bf16", "fp16"):
-            raise UserError(f"training.precision: got '{self.precision}', expected 'fp32', 'bf16' or 'fp16'.")
-        if self.schedule not in LR_SCHEDULES:
-            raise UserError(
-                f"training.schedule: got '{self.schedule}', expected {one_of(self.schedule, LR_SCHEDULES)}."
-            )
+        _one_of(self, "training", "precision", ("fp32", "bf16", "fp16"))
+        _one_of(self, "training", "schedule", LR_SCHEDULES)
+        _one_of(self, "training", "non_finite", ("stop", "skip"))
         if not 0 <= self.adam_beta2 < 1:
             raise UserError(f"training.adam_beta2: got {self.adam_beta2}, expected at least 0 and below 1.")
         if not 0 <= self.warmup <= 1:
@@ -229,8 +221,6 @@ class TrainingRecipe:
                 f"training.pack_length: got {self.pack_length}, expected at least 1, or null for twice the longest sample, "
                 "and training.packing."
             )
-        if self.non_finite not in ("stop", "skip"):
-            raise UserError(f"training.non_finite: got '{self.non_finite}', expected 'stop' or 'skip'.")
         self._check_report_to()
         self._check_arguments()
         _at_least(self, "training", 1, "steps", "batch_size", "gradient_accumulation", "log_every", "evaluate_every")
@@ -247,8 +237,9 @@ class TrainingRecipe:
             if name in RECIPE_ARGUMENTS:
                 raise UserError(f"training.arguments: got '{name}', which is set by {RECIPE_ARGUMENTS[name]}.")
             if name not in known:
-                nearest = one_of(name, known).rpartition("(")[2]
-                raise UserError(f"training.arguments: got '{name}', expected fields of TrainingArguments ({nearest}.")
+                raise UserError(
+                    f"training.arguments: got '{name}', expected fields of TrainingArguments{nearest(name, known)}."
+                )
 
     def _check_report_to(self) -> None:
         if not self.report_to:
@@ -336,6 +327,11 @@ RECIPE_ARGUMENTS = {
     # A recipe is written into the run folder and onto the model card: no place for a secret.
     "hub_token": "`hf auth login`",
 }
+
+
+def _one_of(recipe: Any, section: str, name: str, known: Collection[str]) -> None:
+    if (given := getattr(recipe, name)) not in known:
+        raise UserError(f"{section}.{name}: got '{given}', expected {one_of(given, known)}.")
 
 
 def _at_least(recipe: Any, section: str, lowest: float, *names: str) -> None:

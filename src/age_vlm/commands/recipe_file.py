@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import types
 import typing
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub.dataclasses import validate_typed_dict
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 
 from ..errors import UserError, checkpoint_errors, one_of, reading
 from .recipe import Recipe
@@ -106,20 +107,11 @@ def _number(value: Any) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return True
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, argument) for argument in arguments)
-    if origin is dict:
-        return isinstance(value, dict)
-    if origin is not None:
-        return isinstance(value, (list, tuple)) and all(_fits(item, arguments[0]) for item in value)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
+    try:
+        validate_typed_dict(typing.TypedDict("Values", {"value": hint}), {"value": value})
+    except StrictDataclassFieldValidationError:
+        return False
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _shown(hint: Any) -> str:

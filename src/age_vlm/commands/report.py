@@ -42,7 +42,7 @@ def write_report(
             appearance; a float is shown with three decimals, what is missing as a dash.
         curves: name to (step, value) points; one small plot each.
         examples: each has `image` (PIL), `question`, `answer`, `expected`, and optionally `sheet` (PIL) from
-            `overlay_sheet`, shown in place of the image; it needs no title, as question and answer stand above it.
+            `overlay_sheet`, shown instead of the image; it needs no title, as question and answer stand above it.
         notes: sentences under the title, such as limits of the metrics.
 
     Returns:
@@ -52,7 +52,7 @@ def write_report(
     """
     path = Path(path)
     if not path.parent.is_dir():
-        raise UserError(f"path must lie in an existing folder, got {str(path)!r}.")
+        raise UserError(f"path: got {str(path)!r}, expected a file in an existing folder.")
     page = render_page(
         "report",
         {"value": _shown},

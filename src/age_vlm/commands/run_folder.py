@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, what may be replaced or resumed, and what is put back where a run fails."""
+"""The folder of a run: which recipe it belongs to, what may be replaced or resumed, what a failed run restores."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from .run_files import foreign_files, is_begun_only, last_checkpoint, remove_run
 
 @contextmanager
 def run_folder(folder: str | Path, overwrite: bool, resume: bool = False) -> Iterator[Path]:
-    """The folder of a run, as a context. An earlier run in it is gone only once this one is complete: where this one
-    fails, the earlier one is put back as it was, with the ids of the samples that this one failed of, if it did. One that
-    fails and could be resumed, or has such ids, stays, if it replaces no other.
+    """The folder of a run, as a context. An earlier run in it is deleted only when this one is complete. If this one
+    fails, the earlier run is restored, and gets the ids of the samples on which this one failed, if any. A failed run
+    that replaced no other stays if it can be resumed, or has such ids.
 
     Raises:
         UserError: as `check_run_folder`.

@@ -1,4 +1,4 @@
-"""A recipe from start to end: data, training, metrics on the test part, checkpoint, report."""
+"""A recipe from start to end: data, training, metrics on the test split, checkpoint, report."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def run_recipe(
         previous: checkpoint that a recipe with `model.checkpoint: previous` starts from.
 
     Returns:
-        Metrics on the test part, one dict a row of the table: the model, and the controls `blank image` (the same
+        Metrics on the test split, one dict a row of the table: the model, and the controls `blank image` (the same
         model, shown a grey image: what it can answer from the language alone).
 
     Raises:
@@ -170,7 +170,7 @@ def curve_measure(recipe: Recipe, items: Sequence[EvaluationItem], images: int =
 
 
 def test_metrics(model, processor, recipe: Recipe, source: DataSource) -> dict[str, dict[str, float]]:
-    """Rows of metrics on the test part."""
+    """Rows of metrics on the test split."""
     metrics, _ = answer_metrics(model, processor, source.test)
     if split_items(source.test, lambda question: question.mask is not None):
         metrics |= grounding_metrics(model, processor, source.test, recipe.alignment)

@@ -93,13 +93,13 @@ class ChatEncoder:
 
         rendered = self.processor.apply_chat_template(chat(mark=False), tokenize=False)
         marked = self.processor.apply_chat_template(chat(mark=True), tokenize=False)
-        places, removed = {}, 0
+        starts, removed = {}, 0
         for mark in re.finditer(f"{first}(\\d*){last}", marked):
             if mark[1]:
-                places[int(mark[1])] = mark.start() - removed
+                starts[int(mark[1])] = mark.start() - removed
             removed += len(mark[0])
         if re.sub(f"{first}\\d*{last}", "", marked) != rendered or any(
-            not rendered.startswith(texts[number], place) for number, place in places.items()
+            not rendered.startswith(texts[number], start) for number, start in starts.items()
         ):
             raise UserError(
                 "chat_template: changes the text of messages, expected one that keeps it: phrases are found by it."
@@ -110,8 +110,8 @@ class ChatEncoder:
             for kind, content in parts:
                 if kind != "text":
                     continue
-                if number in places:  # a template may leave a system message out
-                    found.append((in_text, places[number], len(content)))
+                if number in starts:  # a template may leave a system message out
+                    found.append((in_text, starts[number], len(content)))
                 in_text += len(content)
                 number += 1
             pieces.append(tuple(found))

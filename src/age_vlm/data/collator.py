@@ -208,7 +208,7 @@ class AgeVlmCollator:
     ) -> Iterator[tuple[int, int, torch.Tensor]]:
         """Position in the chat, image of the sample and mask coverage of every token that is aligned."""
         image_token = self.processor.image_token_id
-        places = [position for position, token in enumerate(chat.input_ids) if token == image_token]
+        image_positions = [position for position, token in enumerate(chat.input_ids) if token == image_token]
         phrases: dict[tuple[int, int, int, int], list[Grounding]] = {}
         for message, item in chat_groundings:
             phrases.setdefault((message, item["start"], item["end"], item["image"]), []).append(item)
@@ -226,7 +226,7 @@ class AgeVlmCollator:
             if not coverage.any():
                 continue  # the crop of the image processor left nothing of it
             for token in tokens if self.phrase_queries == "all" else tokens[-1:]:
-                seen = [number for place, number in zip(places, chat_images) if place <= token]
+                seen = [number for position, number in zip(image_positions, chat_images) if position <= token]
                 if image in (seen[-1:] if self.image_visibility == "latest" else seen):
                     yield token, image, coverage
 
@@ -270,11 +270,11 @@ class AgeVlmCollator:
         for number, row in enumerate(rows):
             size = 0
             for sample in row:
-                place = slice(size, size + len(sample.input_ids))
-                ids[number, place] = torch.tensor(sample.input_ids)
-                labels[number, place] = torch.tensor(sample.labels)
-                positions[number, place] = torch.tensor(sample.positions)
-                size = place.stop
+                span = slice(size, size + len(sample.input_ids))
+                ids[number, span] = torch.tensor(sample.input_ids)
+                labels[number, span] = torch.tensor(sample.labels)
+                positions[number, span] = torch.tensor(sample.positions)
+                size = span.stop
             mask[number, :size] = 1
         batch = {"input_ids": ids, "labels": labels}
         if self.independent_turns or self.packing:

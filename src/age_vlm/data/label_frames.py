@@ -79,14 +79,14 @@ def folder_files(
     folder = Path(folder)
     with reading(argument, folder):
         if not folder.is_dir():
-            raise UserError(f"{argument} must be a folder, got {str(folder)!r}, which is none.")
+            raise UserError(f"{argument}: got {str(folder)!r}, expected a folder.")
         paths = sorted(folder.iterdir())
     files: dict[str, Path] = {}
     for path in paths:
         if path.name.startswith(".") or not path.is_file() or (suffix and path.suffix.lower() != suffix):
             continue
         if path.stem in files:
-            raise UserError(f"{argument} must hold one file per stem, got {files[path.stem].name} and {path.name}.")
+            raise UserError(f"{argument}: got {files[path.stem].name} and {path.name}, expected one file per stem.")
         if path.is_symlink() and not allow_outside and not path.resolve().is_relative_to(folder.resolve()):
             raise UserError(
                 f"{argument}: got {path.name}, a link that leads out of the folder, expected files, or allow_outside=True."
@@ -101,7 +101,7 @@ def index_table(n_classes: int, ignore: Sequence[int]) -> np.ndarray:
     table[:n_classes] = np.arange(n_classes)
     for index in ignore:
         if not 0 <= index < len(table):
-            raise UserError(f"ignore must hold indices of 0 to {len(table) - 1}, got {index}.")
+            raise UserError(f"ignore: got {index}, expected indices of 0 to {len(table) - 1}.")
         table[index] = IGNORED
     return table
 
@@ -113,17 +113,17 @@ def _open(path: Path) -> Image.Image:
             return ImageOps.exif_transpose(image)
     # Pillow's decoders report broken files by any of these.
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} must be an image that can be read, got: {error}.") from None
+        raise UserError(f"{path}: could not be read, expected an image: {error}.") from None
 
 
 def _read_indices(path: Path, image_path: Path, size: tuple[int, int]) -> np.ndarray:
     opened = _open(path)
     if opened.mode not in _INDEX_MODES:
-        raise UserError(f"{path} must hold one index per pixel, got an image of mode {opened.mode}.")
+        raise UserError(f"{path}: got an image of mode {opened.mode}, expected one index per pixel.")
     if opened.size != size:
         raise UserError(
-            f"{path} must have the size of its image {image_path.name}, {size[0]} x {size[1]}, "
-            f"got {opened.size[0]} x {opened.size[1]}."
+            f"{path}: got {opened.size[0]} x {opened.size[1]} pixels, expected the size of its image {image_path.name}, "
+            f"{size[0]} x {size[1]}."
         )
     return np.asarray(opened).astype(np.int32)
 

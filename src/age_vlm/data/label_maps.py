@@ -87,7 +87,7 @@ class LabelMaps:
         self.classes = _class_names(classes)
         if not 0 <= absent < present <= 1:
             raise UserError(
-                f"present and absent must be shares with 0 <= absent < present <= 1, got {present}, {absent}."
+                f"present and absent: got {present}, {absent}, expected shares with 0 <= absent < present <= 1."
             )
         self.present, self.absent = present, absent
         image_files = folder_files(images, "images", allow_outside)
@@ -104,7 +104,7 @@ class LabelMaps:
                 f"{len(image_files) - len(names)} of {len(image_files)} images have no label map.", stacklevel=2
             )
         if instances is not None and (missing := [name for name in names if name not in instance_files]):
-            raise UserError(f"instances must hold a PNG for every frame, got none for {missing[0]!r} in {instances}.")
+            raise UserError(f"instances: got none for {missing[0]!r} in {instances}, expected a PNG for every frame.")
         table = index_table(len(self.classes), ignore)
         files = tuple((name, image_files[name], label_files[name], instance_files.get(name)) for name in names)
         read = partial(read_frame, table=table, n_classes=len(self.classes))
@@ -122,7 +122,7 @@ class LabelMaps:
         return part
 
     def split(self, fraction: float = 0.2, validation: float = 0.1) -> Splits:
-        """Split by sorted name: the last `fraction` is the test part, the last `validation` of the rest for validation.
+        """Split by sorted name: the last `fraction` is the test split, the last `validation` of the rest for validation.
 
         Names, not chance, because neighbouring frames of a video are near copies and would leak from part to part. A frame
         that is in a later part too, under another name, leaves the earlier one, with a warning.
@@ -131,7 +131,7 @@ class LabelMaps:
         """
         for name, share in (("fraction", fraction), ("validation", validation)):
             if not 0 < share < 1:
-                raise UserError(f"{name} must lie between 0 and 1, got {share}.")
+                raise UserError(f"{name}: got {share}, expected a number between 0 and 1.")
         n_test = max(1, round(len(self) * fraction))
         n_validation = max(1, round((len(self) - n_test) * validation))
         n_train = max(0, len(self) - n_test - n_validation)
@@ -219,7 +219,7 @@ class LabelMaps:
 def _class_names(classes: Sequence[str]) -> tuple[str, ...]:
     names = tuple(str(name).strip().lower() for name in classes)
     if not 0 < len(names) <= IGNORED or not all(names) or len(set(names)) < len(names):
-        raise UserError(f"classes must be 1 to {IGNORED} different names, got {list(classes)!r}.")
+        raise UserError(f"classes: got {list(classes)!r}, expected 1 to {IGNORED} different names.")
     return names
 
 
@@ -227,9 +227,9 @@ def random_box(
     shape: tuple[int, ...], size: tuple[int, int], min_side: float, rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
     if min(size) < 1:
-        raise UserError(f"size must be a positive width and height, got {size}.")
+        raise UserError(f"size: got {size}, expected a positive width and height.")
     if not 0 < min_side <= 1:
-        raise UserError(f"min_side must lie in (0, 1], got {min_side}.")
+        raise UserError(f"min_side: got {min_side}, expected a number in (0, 1].")
     height, width = shape[:2]
     scale = min(width / size[0], height / size[1]) * rng.uniform(min_side, 1)
     box_width = min(width, max(1, round(size[0] * scale)))
@@ -294,7 +294,7 @@ def label_map_sample(
     Raises UserError when `questions` is neither "all" nor a number from 0 on.
     """
     if questions != "all" and not (isinstance(questions, int) and questions >= 0):
-        raise UserError(f"questions must be 'all' or a number from 0 on, got {questions!r}.")
+        raise UserError(f"questions: got {questions!r}, expected 'all' or a number from 0 on.")
     presence = maps.presence(crop.labels)
     shown = [name for name, is_present in presence.items() if is_present]
     masks = {name: encode_mask(maps.mask(crop, name)) for name in shown}
@@ -349,7 +349,7 @@ class LabelMapsDataset(Dataset):
         texts: Collection[str] | None = None,
     ) -> None:
         if length < 1:
-            raise UserError(f"length must be at least 1, got {length}.")
+            raise UserError(f"length: got {length}, expected at least 1.")
         self.texts = texts
         self.maps, self.length, self.seed = maps, length, seed
         self.size, self.min_side, self.augment, self.questions = size, min_side, augment, questions
@@ -359,13 +359,13 @@ class LabelMapsDataset(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         if not -self.length <= index < self.length:
-            raise IndexError(f"index must lie below {self.length}, got {index}.")
+            raise IndexError(f"index: got {index}, expected a number below {self.length}.")
         index = int(index) % self.length
         for number in range(index, index + _TRIES * self.length, self.length):
             sample = self._sample(number)
             if sample["messages"]:
                 return sample
-        raise UserError(f"texts must be of a kind that crops have, got {self.texts}, which {_TRIES} crops had none of.")
+        raise UserError(f"texts: got {self.texts}, which {_TRIES} crops had none of, expected kinds that crops have.")
 
     def _sample(self, index: int) -> Sample:
         epoch, position = divmod(index, len(self.maps))

@@ -43,7 +43,7 @@ def decode_mask(rle: MaskRLE | dict[str, Any]) -> np.ndarray:
     if isinstance(counts, str):
         counts = counts.encode("ascii", errors="replace")
     if not isinstance(counts, bytes):
-        raise UserError(f"mask counts is {type(counts).__name__}, expected the ASCII text of a compressed COCO RLE.")
+        raise UserError(f"mask counts: got {type(counts).__name__}, expected the ASCII text of a compressed COCO RLE.")
     # The C decoder trusts its input: runs that end too soon would leave pixels unset, so they are added up here first.
     if _total_run_length(counts) != height * width:
         raise UserError(f"mask counts does not describe {height} x {width} pixels, expected runs that fill the size.")
@@ -62,7 +62,7 @@ def mask_size(rle: MaskRLE | dict[str, Any]) -> tuple[int, int]:
         or len(size) != 2
         or not all(isinstance(side, (int, np.integer)) and side > 0 for side in size)
     ):
-        raise UserError(f"mask size is {size!r}, expected [height, width] as two positive integers.")
+        raise UserError(f"mask size: got {size!r}, expected [height, width] as two positive integers.")
     return int(size[0]), int(size[1])
 
 

@@ -112,9 +112,9 @@ def existence_negatives(
         UserError: `count` is below 1 or `pool` below `count`.
     """
     if count < 1:
-        raise UserError(f"count is {count}, expected at least 1.")
+        raise UserError(f"count: got {count}, expected at least 1.")
     if pool is not None and pool < count:
-        raise UserError(f"pool is {pool}, expected at least count, which is {count}.")
+        raise UserError(f"pool: got {pool}, expected at least count, which is {count}.")
     present = set(present)
     absent = [kind for kind in candidates if kind not in present]
 

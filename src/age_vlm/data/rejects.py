@@ -19,7 +19,7 @@ class Unusable(Exception):
     """A record cannot be used; the message is the reason, the same for all records with the same fault."""
 
 
-class LeftOut:
+class Rejects:
     """Counts what a run leaves out.
 
     Attributes:
@@ -65,11 +65,11 @@ class LeftOut:
 
 
 @contextmanager
-def reported(left_out: LeftOut | None, run: str) -> Iterator[LeftOut]:
-    """`left_out`, which its owner reports; or where it is None a new one, reported when the block has run to its end."""
-    if left_out is not None:
-        yield left_out
+def reported(rejects: Rejects | None, run: str) -> Iterator[Rejects]:
+    """`rejects`, which its owner reports; or where it is None a new one, reported when the block has run to its end."""
+    if rejects is not None:
+        yield rejects
         return
-    own = LeftOut()
+    own = Rejects()
     yield own
     own.warn(run)

@@ -42,9 +42,9 @@ class ScenesDataset(torch.utils.data.Dataset[Sample]):
     ) -> None:
         generator(split, 0, seed, PIXELS)
         if length < 1:
-            raise UserError(f"length is {length}, expected at least 1.")
+            raise UserError(f"length: got {length}, expected at least 1.")
         if texts is not None and not {"caption", *QUESTION_KINDS} >= set(texts) > set():
-            raise UserError(f"texts is {texts}, expected some of caption, {', '.join(QUESTION_KINDS)}.")
+            raise UserError(f"texts: got {texts}, expected some of caption, {', '.join(QUESTION_KINDS)}.")
         self.texts = texts
         self.split, self.length, self.seed, self.config = split, length, seed, config or SceneConfig()
         self.cache: ByteCache[Sample] = ByteCache(512 * MIB)
@@ -87,14 +87,14 @@ class IconsDataset(torch.utils.data.Dataset[dict[str, Any]]):
     ) -> None:
         generator(split, 0, seed, ICONS)
         if length < 1:
-            raise UserError(f"length is {length}, expected at least 1.")
+            raise UserError(f"length: got {length}, expected at least 1.")
         if not 0 <= jitter <= 1:
-            raise UserError(f"jitter is {jitter}, expected a share from 0 to 1.")
+            raise UserError(f"jitter: got {jitter}, expected a share from 0 to 1.")
         self.split, self.length, self.seed, self.config = split, length, seed, config or SceneConfig()
         self.jitter = jitter
         self.side = side or self.config.size
         if 2 * self.side < self.config.size:
-            raise UserError(f"side is {side}, expected at least {-(-self.config.size // 2)}, half of a scene's.")
+            raise UserError(f"side: got {side}, expected at least {-(-self.config.size // 2)}, half of a scene's.")
         self.class_names = tuple(" ".join(kind) for kind in self.config.kinds)
 
     def __len__(self) -> int:
@@ -114,7 +114,7 @@ class IconsDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
 def _position(index: int, length: int) -> int:
     if not -length <= index < length:
-        raise IndexError(f"index is {index}, expected one below {length}.")
+        raise IndexError(f"index: got {index}, expected one below {length}.")
     return int(index) % length
 
 

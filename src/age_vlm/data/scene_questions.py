@@ -37,7 +37,7 @@ class _Turn:
 
 
 def _fill(template: str, *words: str) -> tuple[str, list[tuple[int, int]]]:
-    """Fill the places of a template; also the character span of each word put in."""
+    """Fill in a template; also the character span of each word put in."""
     pieces = template.split("{}")
     text, spans = pieces[0], []
     for word, piece in zip(words, pieces[1:], strict=True):
@@ -73,10 +73,10 @@ def _existence_turn(scene: Scene, kind: Kind, template: str) -> _Turn:
 
 def _caption_turn(scene: Scene, rng: np.random.Generator) -> _Turn:
     text, spans = "", []
-    for place, number in enumerate(rng.permutation(len(scene.objects))):
+    for position, number in enumerate(rng.permutation(len(scene.objects))):
         item = scene.objects[number]
-        if place:
-            text += " and " if place == len(scene.objects) - 1 else ", "
+        if position:
+            text += " and " if position == len(scene.objects) - 1 else ", "
         text += f"a {item.size} " if rng.random() < 0.5 else "a "
         phrase = " ".join(item.kind)
         spans.append((len(text), len(text) + len(phrase), item.mask))

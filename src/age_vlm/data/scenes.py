@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from ..errors import UserError
+from ..errors import UserError, one_of
 from .questions import NUMBER_WORDS
 from .scene_drawing import COLOURS, SHAPES, background, develop, paint_shape, shape_coverage
 
@@ -75,9 +75,9 @@ class SceneConfig:
         for name, known in (("shapes", SHAPES), ("colours", tuple(COLOURS))):
             chosen = getattr(self, name)
             if not chosen or len(set(chosen)) != len(chosen) or not set(chosen) <= set(known):
-                raise UserError(f"{name} is {chosen}, expected some of {known}, each once.")
+                raise UserError(f"{name}: got {chosen}, expected some of {known}, each once.")
         if self.size < 32:
-            raise UserError(f"size is {self.size}, expected at least 32 pixels.")
+            raise UserError(f"size: got {self.size}, expected at least 32 pixels.")
         most = min(len(NUMBER_WORDS) - 1, len(self.shapes) * len(self.colours))
         if not 1 <= self.min_objects <= self.max_objects <= most:
             raise UserError(
@@ -85,18 +85,18 @@ class SceneConfig:
                 f"expected 1 <= min_objects <= max_objects <= {most}."
             )
         if self.zipf_exponent < 0:
-            raise UserError(f"zipf_exponent is {self.zipf_exponent}, expected at least 0.")
+            raise UserError(f"zipf_exponent: got {self.zipf_exponent}, expected at least 0.")
         if self.partner_pairs < 0:
-            raise UserError(f"partner_pairs is {self.partner_pairs}, expected at least 0.")
+            raise UserError(f"partner_pairs: got {self.partner_pairs}, expected at least 0.")
         # At 1 a partner would never be missing, and no answer could tell the image from the prior.
         if not 0 <= self.partner_probability < 1:
-            raise UserError(f"partner_probability is {self.partner_probability}, expected at least 0 and below 1.")
+            raise UserError(f"partner_probability: got {self.partner_probability}, expected at least 0 and below 1.")
         if not 0 <= self.min_visible <= 1:
-            raise UserError(f"min_visible is {self.min_visible}, expected a share from 0 to 1.")
+            raise UserError(f"min_visible: got {self.min_visible}, expected a share from 0 to 1.")
         if self.min_pixels < 1:
-            raise UserError(f"min_pixels is {self.min_pixels}, expected at least 1.")
+            raise UserError(f"min_pixels: got {self.min_pixels}, expected at least 1.")
         if self.noise < 0:
-            raise UserError(f"noise is {self.noise}, expected at least 0.")
+            raise UserError(f"noise: got {self.noise}, expected at least 0.")
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -157,10 +157,10 @@ def draw_scene(split: Split, index: int, config: SceneConfig | None = None, seed
 
 def generator(split: str, index: int, seed: int, stream: int) -> np.random.Generator:
     if split not in SPLITS:
-        raise UserError(f"split is {split!r}, expected one of {SPLITS}.")
+        raise UserError(f"split: got {split!r}, expected {one_of(split, SPLITS)}.")
     for name, value in (("index", index), ("seed", seed)):
         if value < 0:
-            raise UserError(f"{name} is {value}, expected at least 0.")
+            raise UserError(f"{name}: got {value}, expected at least 0.")
     # The spawn key is mixed in apart from the entropy, so no seed of one split can reach the stream of another.
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(SPLITS.index(split), stream, index)))
 
@@ -195,7 +195,7 @@ def partner(kind: Kind, config: SceneConfig | None = None) -> Kind | None:
     for group in _groups(config or SceneConfig()):
         if kind in group:
             return next((other for other in group if other != kind), None)
-    raise UserError(f"kind is {kind!r}, expected a (colour, shape) of the config.")
+    raise UserError(f"kind: got {kind!r}, expected a (colour, shape) of the config.")
 
 
 @lru_cache(maxsize=16)

@@ -72,7 +72,7 @@ def grounding(
     """Tie characters [start, end) of message number `message` to a mask on image number `image`.
 
     `mask` is an RLE, or a boolean array of shape (height, width) that is encoded here, or None where a teacher still has
-    to make it; `box`, [x0, y0, x1, y1] in pixels, is what it is told of the place.
+    to make it; `box`, [x0, y0, x1, y1] in pixels, tells it where to look.
     """
     rle = encode_mask(mask) if isinstance(mask, np.ndarray) else mask
     corners = None if box is None else [float(value) for value in box]

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UserError
+from ..errors import UserError, one_of
 from .file_state import files_state
 
 
@@ -41,7 +41,7 @@ def load_stored(name: str, split: str = "train", argument: str = "data") -> data
         raise UserError(f"{argument}: '{name}' (a {kind}) cannot be loaded as a data set: {reason}.") from error
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
-            raise UserError(f"split: got '{split}', expected one that '{name}' has: {', '.join(data)}.")
+            raise UserError(f"split: got '{split}', expected {one_of(split, data)}.")
         data = data[split]
     return data
 

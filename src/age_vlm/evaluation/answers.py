@@ -46,7 +46,7 @@ def generate(
     """`model.generate`, greedily, to where the processor's chat template ends an answer.
 
     Args:
-        attention_maps: return them too, of a model of ours: the output of `generate` in the place of the tokens.
+        attention_maps: return them too, of a model of ours: the output of `generate` instead of the tokens.
     """
     config = copy.deepcopy(model.generation_config)
     with suppress(ValueError):  # nothing but the model's own configuration ends its answers

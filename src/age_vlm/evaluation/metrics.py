@@ -61,7 +61,7 @@ def auc(scores: Tensor | Sequence[float], labels: Tensor | Sequence[bool]) -> fl
     if scores.ndim != 1 or scores.shape != labels.shape:
         raise UserError(f"scores and labels must both be (n,), got {tuple(scores.shape)} and {tuple(labels.shape)}.")
     if not torch.isfinite(scores).all():
-        raise UserError(f"scores must be finite, got {int((~torch.isfinite(scores)).sum())} that are not.")
+        raise UserError(f"scores: got {int((~torch.isfinite(scores)).sum())} that are not finite, expected numbers.")
     if len(labels) == 0 or labels.all() or not labels.any():
         return float("nan")
     # torchmetrics passes scores outside [0, 1] through a sigmoid, which makes ties of large logits: ranks keep the
@@ -83,8 +83,8 @@ def class_auc(
     scores, labels = torch.as_tensor(scores, dtype=torch.float64), torch.as_tensor(labels).bool()
     if not len(scores) == len(labels) == len(classes):
         raise UserError(
-            "scores, labels and classes must have one entry per question, "
-            f"got {len(scores)}, {len(labels)} and {len(classes)}."
+            f"scores, labels and classes: got {len(scores)}, {len(labels)} and {len(classes)}, expected one entry per "
+            "question."
         )
     rows: dict[Hashable, list[int]] = {}
     for row, name in enumerate(classes):
@@ -124,6 +124,6 @@ def accuracy_by_kind(questions: Iterable[Any], answers: Mapping[str, str]) -> di
     hits: dict[str, list[bool]] = {}
     for question in questions:
         if question.id not in answers:
-            raise UserError(f"answers must hold every question id, got none for {question.id!r}.")
+            raise UserError(f"answers: got none for {question.id!r}, expected every question id.")
         hits.setdefault(question.kind, []).append(exact_match(answers[question.id], question.answer))
     return {kind: sum(values) / len(values) for kind, values in hits.items()}

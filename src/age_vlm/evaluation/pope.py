@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, one_of
 
 
 SCORERS = ("official", "vlmevalkit", "lmms-eval")
@@ -78,7 +78,7 @@ def parse(answer: str, scorer: str = "official") -> str:
 
 def _known(scorer: str) -> str:
     if scorer not in _PARSERS:
-        raise UserError(f"scorer must be one of {', '.join(SCORERS)}, got {scorer!r}.")
+        raise UserError(f"scorer: got {scorer!r}, expected {one_of(scorer, SCORERS)}.")
     return scorer
 
 
@@ -100,19 +100,19 @@ def join_answers(questions: Iterable[Any], answers: Mapping[str, str] | Iterable
     missing = [key for key in ids if key not in given]
     if missing:
         raise UserError(
-            f"answers must hold every question id, got none for {len(missing)} of {len(ids)} (first: {missing[0]!r})."
+            f"answers: got none for {len(missing)} of {len(ids)} (first: {missing[0]!r}), expected every question id."
         )
     known = set(ids)
     extra = [key for key in given if key not in known]
     if extra:
-        raise UserError(f"answers must hold ids of the questions only, got {len(extra)} unknown (first: {extra[0]!r}).")
+        raise UserError(f"answers: got {len(extra)} unknown (first: {extra[0]!r}), expected ids of the questions only.")
     return [PopeRecord(question.id, question.answer, given[question.id], question.mode) for question in questions]
 
 
 def _no_duplicates(ids: list[str], where: str) -> None:
     twice = [key for key, times in Counter(ids).items() if times > 1]
     if twice:
-        raise UserError(f"{where} must hold each question id once, got {twice[0]!r} {ids.count(twice[0])} times.")
+        raise UserError(f"{where}: got {twice[0]!r} {ids.count(twice[0])} times, expected each question id once.")
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -155,14 +155,14 @@ def score(records: Iterable[PopeRecord], scorer: str = "official") -> dict[str, 
     _known(scorer)
     records = list(records)
     if not records:
-        raise UserError("records must hold at least one question, got none.")
+        raise UserError("records: got none, expected at least one question.")
     _no_duplicates([record.question_id for record in records], "records")
     pooled: list[tuple[str, str]] = []
     splits: dict[str, list[tuple[str, str]]] = {}
     for record in records:
         label = record.label.strip().lower()
         if label not in ("yes", "no"):
-            raise UserError(f"label of question {record.question_id!r} must be yes or no, got {record.label!r}.")
+            raise UserError(f"label of question {record.question_id!r}: got {record.label!r}, expected yes or no.")
         pair = (label, parse(record.answer, scorer))
         modes = record.mode.split(",") if record.mode else []
         pooled.extend([pair] * max(len(modes), 1))

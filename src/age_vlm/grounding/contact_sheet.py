@@ -37,14 +37,14 @@ Chosen = tuple[int, dict[str, Any]]
 def write_contact_sheet(path: str | Path, folder: ShardFolder) -> None:
     """Write the report of a finished run: what is left out and why, and phrases over masks.
 
-    The phrases are chosen by a hash of their place, so a run that was interrupted has the same report as one that was not.
+    The phrases are chosen by a hash of their position, so a run that was interrupted has the same report as one that was not.
     """
     figures = _Figures()
     for shard, record in folder.records():
         figures.add(shard, record)
     samples = sum(pq.read_metadata(folder.samples(shard)).num_rows for shard in range(folder.shards))
-    drawn, weakest, left_out = figures.chosen()
-    tiles = _tiles(folder, [*drawn, *weakest, *left_out])
+    drawn, weakest, rejects = figures.chosen()
+    tiles = _tiles(folder, [*drawn, *weakest, *rejects])
     page = render_page(
         "contact_sheet",
         {"percent": _percent, "number": lambda value: f"{value:,}"},
@@ -54,7 +54,7 @@ def write_contact_sheet(path: str | Path, folder: ShardFolder) -> None:
         areas=_bars(figures.areas, [f"up to {_percent(edge)} of the image" for edge in _AREAS]),
         drawn=tiles[: len(drawn)],
         weakest=tiles[len(drawn) : len(drawn) + len(weakest)],
-        left_out=tiles[len(drawn) + len(weakest) :],
+        rejects=tiles[len(drawn) + len(weakest) :],
         manifest=folder.manifest,
     )
     write_whole(Path(path), page)
@@ -74,7 +74,7 @@ class _Figures:
         self.score_range = (1.0, 0.0)
         self._drawn: list[tuple] = []
         self._weakest: list[tuple] = []
-        self._left_out: dict[str, list[tuple]] = defaultdict(list)
+        self._rejects: dict[str, list[tuple]] = defaultdict(list)
 
     def add(self, shard: int, record: dict[str, Any]) -> None:
         reason = record["reason"]
@@ -96,7 +96,7 @@ class _Figures:
             _keep(self._weakest, _WEAKEST, (record["score"], draw), shard, record)
         else:
             self.phrases[reason] += 1
-            _keep(self._left_out[reason], _PER_REASON, draw, shard, record)
+            _keep(self._rejects[reason], _PER_REASON, draw, shard, record)
 
     @property
     def total(self) -> int:
@@ -113,8 +113,8 @@ class _Figures:
         if self.score_range[0] >= self.score_range[1] or len(drawn) == self.kept:
             weakest = []
         reasons = [reason for reason, _ in self.phrases.most_common()]
-        left_out = [entry for reason in reasons for entry in _least(self._left_out[reason], _PER_REASON)]
-        return drawn, weakest, left_out
+        rejects = [entry for reason in reasons for entry in _least(self._rejects[reason], _PER_REASON)]
+        return drawn, weakest, rejects
 
 
 def _keep(entries: list[tuple], most: int, key: Any, shard: int, record: dict[str, Any]) -> None:
@@ -130,16 +130,16 @@ def _least(entries: list[tuple], most: int) -> list[Chosen]:
 
 def _bars(counts: Mapping[bool, Counter[int]], labels: list[str]) -> list[dict[str, Any]]:
     """Of a histogram: label, kept and left out phrases, and their heights in percent of the highest bar."""
-    highest = max((counts[True][place] + counts[False][place] for place in range(len(labels))), default=0) or 1
+    highest = max((counts[True][index] + counts[False][index] for index in range(len(labels))), default=0) or 1
     return [
         {
             "label": label,
-            "kept": counts[True][place],
-            "left_out": counts[False][place],
-            "kept_height": round(100 * counts[True][place] / highest, 2),
-            "left_out_height": round(100 * counts[False][place] / highest, 2),
+            "kept": counts[True][index],
+            "rejects": counts[False][index],
+            "kept_height": round(100 * counts[True][index] / highest, 2),
+            "rejected_height": round(100 * counts[False][index] / highest, 2),
         }
-        for place, label in enumerate(labels)
+        for index, label in enumerate(labels)
     ]
 
 
@@ -151,14 +151,14 @@ def _percent(share: float) -> str:
 def _tiles(folder: ShardFolder, chosen: Iterable[Chosen]) -> list[dict[str, Any]]:
     wanted = defaultdict(list)
     chosen = list(chosen)
-    for place, (shard, _) in enumerate(chosen):
-        wanted[shard].append(place)
+    for index, (shard, _) in enumerate(chosen):
+        wanted[shard].append(index)
     tiles: list[dict[str, Any]] = [{}] * len(chosen)
     for shard, places in wanted.items():
         table = pq.read_table(folder.samples(shard), columns=["images", "messages", "groundings"])
-        for place in places:
-            record = chosen[place][1]
-            tiles[place] = _tile(table.slice(record["row"], 1).to_pylist()[0], record)
+        for index in places:
+            record = chosen[index][1]
+            tiles[index] = _tile(table.slice(record["row"], 1).to_pylist()[0], record)
     return tiles
 
 

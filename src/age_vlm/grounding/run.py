@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ..atomic_files import replaced
 from ..data.masks import MaskRLE, encode_mask
-from ..data.rejects import LeftOut, Unusable
+from ..data.rejects import Rejects, Unusable
 from ..data.schema import FEATURES
 from ..errors import UserError, check_new_folder, filling, writing
 from ..grounding.inputs import Phrase, Refusal, Source, Unit, make_unit
@@ -81,7 +81,7 @@ class GroundSummary:
     Attributes:
         folder: holds `data/*.parquet`, `phrases/*.jsonl`, `manifest.json` and `report.html`.
         samples, phrases: written, and phrases with a mask.
-        left_out_samples, left_out_phrases: what is missing of the data, by reason.
+        rejected_samples, rejected_phrases: what is missing of the data, by reason.
         iou: mean intersection over union of the teacher's masks with those that the data has, over phrases where both
             are; None where there are none.
     """
@@ -89,8 +89,8 @@ class GroundSummary:
     folder: Path
     samples: int = 0
     phrases: int = 0
-    left_out_samples: LeftOut = field(default_factory=LeftOut)
-    left_out_phrases: LeftOut = field(default_factory=LeftOut)
+    rejected_samples: Rejects = field(default_factory=Rejects)
+    rejected_phrases: Rejects = field(default_factory=Rejects)
     iou: float | None = None
 
     @property
@@ -334,9 +334,9 @@ def _summarise(folder: ShardFolder) -> GroundSummary:
     overlaps = []
     for _, record in folder.records():
         if record["phrase"] is None:
-            summary.left_out_samples.add(record["reason"], record["sample"])
+            summary.rejected_samples.add(record["reason"], record["sample"])
         elif record["reason"] is not None:
-            summary.left_out_phrases.add(record["reason"], f"'{record['phrase']}' of {record['sample']}")
+            summary.rejected_phrases.add(record["reason"], f"'{record['phrase']}' of {record['sample']}")
         else:
             summary.phrases += 1
         if "iou" in record:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from abc import ABC, abstractmethod
 from collections import defaultdict
@@ -19,7 +18,7 @@ from accelerate.utils import parse_flag_from_env
 from PIL import Image
 
 from ..data.masks import MaskRLE
-from ..errors import UserError, checkpoint_errors
+from ..errors import UserError, checkpoint_errors, one_of
 from ..processing.images_agevlm import load_rgb
 
 
@@ -224,9 +223,9 @@ def load_teacher(
             missing or of something else, or a device that is not there.
     """
     if name not in TEACHERS:
-        raise UserError(f"teacher: got '{name}', expected one of {', '.join(TEACHERS)}{_nearest(name, TEACHERS)}.")
+        raise UserError(f"teacher: got '{name}', expected {one_of(name, TEACHERS)}.")
     if dtype not in DTYPES:
-        raise UserError(f"dtype: got '{dtype}', expected one of {', '.join(DTYPES)}.")
+        raise UserError(f"dtype: got '{dtype}', expected {one_of(dtype, DTYPES)}.")
     source = _source(name, model)
     device = _device(device)
     module, _, class_name = TEACHERS[name].partition(":")
@@ -253,16 +252,8 @@ def _source(name: str, model: str | Path | None) -> str:
     if Path(model).exists():
         return model
     if model.count("/") != 1 or model.startswith((".", "~", "/")):
-        raise UserError(
-            f"model: got '{model}', expected one of {', '.join(variants)}{_nearest(model, variants)}, a Hub id or a "
-            "folder that exists."
-        )
+        raise UserError(f"model: got '{model}', expected a Hub id, a folder that exists, or {one_of(model, variants)}.")
     return model
-
-
-def _nearest(word: str, words) -> str:
-    near = difflib.get_close_matches(word, words, 1)
-    return f" (nearest: '{near[0]}')" if near else ""
 
 
 def process_state() -> PartialState:

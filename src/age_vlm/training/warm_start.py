@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
-from ..modeling_agevlm.vision_agevlm import feature_map, token_grid, vision_width
+from ..modeling_agevlm.vision_agevlm import image_tokens, vision_width
 from .distributed import keep_to_one_gpu
 
 
@@ -27,8 +27,8 @@ class VisionClassifier(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """(images, channels, height, width), (images,) -> loss, logits (images, classes)"""
-        states = feature_map(self.vision_tower, self.vision_tower(pixel_values, return_dict=True).last_hidden_state)
-        tokens, _, _ = token_grid(states, self.vision_tower, self.vision_tower.config, tuple(pixel_values.shape[-2:]))
+        states = self.vision_tower(pixel_values, return_dict=True).last_hidden_state
+        tokens, _, _ = image_tokens(self.vision_tower, states, tuple(pixel_values.shape[-2:]))
         logits = self.classifier(self.norm(tokens)).logsumexp(1)
         loss = nn.functional.cross_entropy(logits, labels) if labels is not None else None
         return {"loss": loss, "logits": logits}

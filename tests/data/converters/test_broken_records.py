@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from age_vlm.data.converters import CONVERTERS
-from age_vlm.data.rejects import LeftOut
+from age_vlm.data.rejects import Rejects
 from age_vlm.data.schema import validate_sample
 
 
@@ -104,7 +104,7 @@ def test_a_broken_record_never_stops_a_conversion(folder, name, data):
     paths = {
         argument: write(folder, argument, content if argument == broken else files[argument]) for argument in files
     }
-    left_out = LeftOut()
-    for sample in CONVERTERS[name](images=folder / "images", left_out=left_out, **paths):
+    rejects = Rejects()
+    for sample in CONVERTERS[name](images=folder / "images", rejects=rejects, **paths):
         validate_sample(sample)
-    assert all(0 < len(reason) < 80 and "\n" not in reason for reason in left_out.counts)
+    assert all(0 < len(reason) < 80 and "\n" not in reason for reason in rejects.counts)

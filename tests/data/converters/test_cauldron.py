@@ -2,7 +2,7 @@ import pytest
 from datasets import Dataset, Features, Image, Value
 
 from age_vlm.data.converters.cauldron import cauldron
-from age_vlm.data.rejects import LeftOut
+from age_vlm.data.rejects import Rejects
 from age_vlm.data.schema import message_text
 
 
@@ -72,9 +72,9 @@ def test_broken_rows_are_left_out_and_counted(tmp_path, images, check):
         {"images": images[:1], "texts": None},
         {"images": images[:1], "texts": good},
     ]
-    left_out = LeftOut()
-    assert len(check(cauldron(Dataset.from_list(rows, features=FEATURES), left_out=left_out))) == 1
-    assert left_out.counts == {
+    rejects = Rejects()
+    assert len(check(cauldron(Dataset.from_list(rows, features=FEATURES), rejects=rejects))) == 1
+    assert rejects.counts == {
         "image cannot be read": 1,
         "image is missing": 1,
         "text is empty": 1,
@@ -92,8 +92,8 @@ def test_what_is_half_understood_is_never_a_chat_without_its_image(images):
         ({"images": [], "videos": ["a.mp4"], "texts": good}, "media under a key that is not read: videos"),
         ({"images": [], "texts": [good[0] | {"image": "a.jpg"}]}, "media under a key that is not read: image"),
         ({"images": [], "texts": [{"user": "what?", "assistant": "<image>"}]}, "text marks an image or other media"),
-        ({"images": images, "texts": [{"user": "<image> what?", "assistant": "a"}]}, "places for images"),
+        ({"images": images, "texts": [{"user": "<image> what?", "assistant": "a"}]}, "image markers"),
     ):
-        left_out = LeftOut()
-        assert list(cauldron(Dataset.from_list([row]), left_out=left_out)) == []
-        assert left_out.total == 1 and next(iter(left_out.counts)).startswith(reason)
+        rejects = Rejects()
+        assert list(cauldron(Dataset.from_list([row]), rejects=rejects)) == []
+        assert rejects.total == 1 and next(iter(rejects.counts)).startswith(reason)

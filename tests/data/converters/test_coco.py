@@ -9,7 +9,7 @@ from PIL import Image
 
 from age_vlm.data.converters.coco import category_words, coco, segment_ids
 from age_vlm.data.masks import decode_mask, encode_mask
-from age_vlm.data.rejects import LeftOut
+from age_vlm.data.rejects import Rejects
 from age_vlm.data.schema import message_text
 
 
@@ -151,7 +151,7 @@ def test_captions_alone_and_some_of_them(folder, check, said):
     assert not samples[0]["groundings"] and message_text(samples[0]["messages"][0]) == "what is this?"
     # The folder above, and the names of 2014, will do.
     assert len(list(coco(folder, **paths(folder)))) == 2
-    assert [s["id"] for s in coco(folder, **paths(folder, "instances"), part=(1, 2))] == ["coco/285"]
+    assert [s["id"] for s in coco(folder, **paths(folder, "instances"), shard=(1, 2))] == ["coco/285"]
 
 
 def test_broken_records_are_left_out_and_counted(tmp_path, photograph, check, phrase, said):
@@ -167,11 +167,11 @@ def test_broken_records_are_left_out_and_counted(tmp_path, photograph, check, ph
     folder = write(tmp_path, photograph, instances, captions)
     (folder / "val2017/000000000285.jpg").write_bytes(b"\xff\xd8 no image")
     (folder / "panoptic_val2017/000000000139.png").unlink()
-    left_out = LeftOut()
-    (sample,) = check(coco(folder / "val2017", **paths(folder, "instances", "panoptic"), left_out=left_out))
+    rejects = Rejects()
+    (sample,) = check(coco(folder / "val2017", **paths(folder, "instances", "panoptic"), rejects=rejects))
     assert np.array_equal(masks(sample, phrase)["dogs"], box(4, 6, 12, 14))
     assert len(said(sample)) == 3
-    assert left_out.counts == {
+    assert rejects.counts == {
         "annotation covers nothing of the image": 1,
         "polygon is malformed": 1,
         "category is unknown": 1,
@@ -191,9 +191,9 @@ def test_broken_records_are_left_out_and_counted(tmp_path, photograph, check, ph
 def test_missing_files_are_named(folder):
     for argument in ("captions", "instances", "panoptic"):
         arguments = {**paths(folder, "instances"), argument: "nowhere.json"}
-        with pytest.raises(ValueError, match=f"{argument} must be a file, got 'nowhere.json'"):
+        with pytest.raises(ValueError, match=f"{argument}: got 'nowhere.json', expected a file"):
             list(coco(folder, **arguments))
-    with pytest.raises(ValueError, match="segments must be a folder, got 'nowhere'"):
+    with pytest.raises(ValueError, match="segments: got 'nowhere', expected a folder"):
         list(coco(folder, **paths(folder, "panoptic"), segments="nowhere"))
 
 

@@ -154,17 +154,21 @@ def test_nothing_usable_is_an_error(tmp_path, llava_files):
 @pytest.mark.parametrize(
     ("name", "arguments", "says"),
     [
-        ("imagenet", {}, "name must be one of .*'visual_genome'.*, got 'imagenet'"),
-        ("llava", {}, "arguments of 'llava' are .'conversations'. .*'conversations' is missing"),
-        ("llava", {"conversations": "a.json", "image": "b"}, "'image' is none of them"),
-        ("llava", {"conversations": "a.json", "left_out": None}, "'left_out' is none of them"),
-        ("llava", {"conversations": "nowhere.json"}, "conversations must be a file, got 'nowhere.json'"),
+        ("imagenet", {}, "name: got 'imagenet', expected one of .*'visual_genome'.*"),
+        ("llava", {}, "conversations: missing argument of 'llava', expected conversations and optionally "),
+        (
+            "llava",
+            {"conversations": "a.json", "image": "b"},
+            "image: unknown argument of 'llava', expected conversations",
+        ),
+        ("llava", {"conversations": "a.json", "rejects": None}, "rejects: unknown argument of 'llava'"),
+        ("llava", {"conversations": "nowhere.json"}, "conversations: got 'nowhere.json', expected a file"),
         (
             "llava",
             {"conversations": "a.json", "shards": 2},
-            "shards must be a number from 1 on, and 1 unless streaming",
+            "shards: got .*, expected a number from 1 on, and 1 unless streaming",
         ),
-        ("llava", {"conversations": "a.json", "shards": 0, "streaming": True}, "shards must be"),
+        ("llava", {"conversations": "a.json", "shards": 0, "streaming": True}, "shards: got"),
     ],
 )
 def test_bad_calls_are_named(tmp_path, name, arguments, says):
@@ -173,9 +177,9 @@ def test_bad_calls_are_named(tmp_path, name, arguments, says):
     assert "\n" not in str(caught.value)
 
 
-def test_all_converters_take_parts_and_count():
+def test_all_converters_take_shards_and_count():
     for name, converter in CONVERTERS.items():
-        assert {"part", "left_out"} <= converter.__kwdefaults__.keys(), name
+        assert {"shard", "rejects"} <= converter.__kwdefaults__.keys(), name
         assert converter.__name__ == name and converter.__doc__
 
 

@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from age_vlm.data.converters.flickr30k_entities import caption_phrases, flickr30k_entities
-from age_vlm.data.rejects import LeftOut
+from age_vlm.data.rejects import Rejects
 
 
 WIDTH, HEIGHT = 33, 50
@@ -95,11 +95,11 @@ def test_some_images_and_captions(folders, tmp_path, said):
     (tmp_path / "train.txt").write_text("10002456\n")
     (sample,) = flickr30k_entities(*folders, tmp_path / "train.txt", per_image=1)
     assert sample["id"] == "flickr30k/10002456" and len(said(sample)) == 1
-    assert [s["id"] for s in flickr30k_entities(*folders, part=(0, 2))] == ["flickr30k/1000092795"]
-    with pytest.raises(ValueError, match="ids must be a file, got 'nowhere'"):
+    assert [s["id"] for s in flickr30k_entities(*folders, shard=(0, 2))] == ["flickr30k/1000092795"]
+    with pytest.raises(ValueError, match="ids: got 'nowhere', expected a file"):
         list(flickr30k_entities(*folders, "nowhere"))
     for number, argument in enumerate(("images", "sentences", "annotations")):
-        with pytest.raises(ValueError, match=f"{argument} must be a folder, got 'nowhere'"):
+        with pytest.raises(ValueError, match=f"{argument}: got 'nowhere', expected a folder"):
             list(flickr30k_entities(*folders[:number], "nowhere", *folders[number + 1 :]))
 
 
@@ -113,10 +113,10 @@ def test_broken_records_are_left_out_and_counted(folders, tmp_path, check, photo
         (tmp_path / f"Annotations/{name}.xml").write_text(content)
     (tmp_path / "images/10002456.jpg").unlink()
     (tmp_path / "ids").write_text(f"{first} 10002456 cut wide nowhere")
-    left_out = LeftOut()
-    (sample,) = check(flickr30k_entities(*folders, tmp_path / "ids", left_out=left_out))
+    rejects = Rejects()
+    (sample,) = check(flickr30k_entities(*folders, tmp_path / "ids", rejects=rejects))
     assert len(sample["groundings"]) == 5
-    assert left_out.counts == {
+    assert rejects.counts == {
         "annotation covers nothing of the image": 1,
         "record is malformed (ValueError)": 1,
         "text is empty": 2,

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from age_vlm.data.converters import CONVERTERS
-from age_vlm.data.rejects import LeftOut
+from age_vlm.data.rejects import Rejects
 
 
 SIZE = {"width": 40, "height": 30}
@@ -49,9 +49,9 @@ def run(tmp_path, photograph):
                 paths[argument] = Dataset.from_list(content)
             else:
                 paths[argument].write_text(json.dumps(content))
-        left_out = LeftOut()
-        samples = list(CONVERTERS[name](**paths, left_out=left_out))
-        return samples, dict(left_out.counts)
+        rejects = Rejects()
+        samples = list(CONVERTERS[name](**paths, rejects=rejects))
+        return samples, dict(rejects.counts)
 
     return convert
 
@@ -70,7 +70,7 @@ def coco(run, images=None, captions=None, things=None, categories=None, instance
 
 
 def test_coco_joins_texts_and_numbers(run):
-    samples, left_out = coco(
+    samples, rejects = coco(
         run,
         images=[picture("1")],
         captions=[caption("7", 1)],
@@ -78,7 +78,7 @@ def test_coco_joins_texts_and_numbers(run):
         categories=[{"id": 18.0, "name": "dog"}],
         instance_images=[picture(1)],
     )
-    assert left_out == {} and len(samples) == 1 and len(samples[0]["groundings"]) == 1
+    assert rejects == {} and len(samples) == 1 and len(samples[0]["groundings"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -109,8 +109,8 @@ def test_coco_joins_texts_and_numbers(run):
     ],
 )
 def test_coco_counts_what_cannot_be_joined(run, arguments, expected, samples, groundings):
-    made, left_out = coco(run, **arguments)
-    assert left_out == expected
+    made, rejects = coco(run, **arguments)
+    assert rejects == expected
     assert len(made) == samples and sum(len(sample["groundings"]) for sample in made) == groundings
 
 
@@ -132,14 +132,14 @@ def instances(*annotations, images=None):
     ],
 )
 def test_refcoco(run, refs, annotations, expected, samples):
-    made, left_out = run("refcoco", refs=refs, instances=instances(*annotations))
-    assert (left_out, len(made)) == (expected, samples)
+    made, rejects = run("refcoco", refs=refs, instances=instances(*annotations))
+    assert (rejects, len(made)) == (expected, samples)
 
 
 def test_refcoco_with_two_images_of_one_identifier(run):
     file = instances(thing(5, 1), images=[picture(1), picture("1", "2.jpg")])
-    made, left_out = run("refcoco", refs=[ref(3)], instances=file)
-    assert made == [] and left_out == {f"image {SHARED}": 3}
+    made, rejects = run("refcoco", refs=[ref(3)], instances=file)
+    assert made == [] and rejects == {f"image {SHARED}": 3}
 
 
 def test_rows_of_refcoco(run):
@@ -149,9 +149,9 @@ def test_rows_of_refcoco(run):
 
     elsewhere = json.dumps(thing(5, 2))
     rows = [row(3), row(3), row(4, image_id=2), row(5, ann_id=6), row(6, raw_anns=elsewhere)]
-    made, left_out = run("refcoco_hub", data=rows)
+    made, rejects = run("refcoco_hub", data=rows)
     assert [sample["id"] for sample in made] == ["refcoco/3"]
-    assert left_out == {"reference repeats": 1, "identifiers of the record do not agree": 3}
+    assert rejects == {"reference repeats": 1, "identifiers of the record do not agree": 3}
 
 
 def test_visual_genome(run):
@@ -159,7 +159,7 @@ def test_visual_genome(run):
         regions = [{"phrase": "a dog", "x": 1, "y": 2, "width": 3, "height": 4, "image_id": image} for image in images]
         return {"id": number, "regions": regions, **more}
 
-    made, left_out = run(
+    made, rejects = run(
         "visual_genome",
         regions=[
             record(1, 1, "1", 2),
@@ -171,7 +171,7 @@ def test_visual_genome(run):
         ],
     )
     assert [sample["id"] for sample in made] == ["visual_genome/1"] and len(made[0]["groundings"]) == 2
-    assert left_out == {
+    assert rejects == {
         "region is of another image": 1,
         "image repeats": 1,
         "identifiers of the record do not agree": 1,
@@ -196,8 +196,8 @@ def test_flickr30k_entities(tmp_path, photograph):
             (tmp_path / folder).mkdir(exist_ok=True)
             (tmp_path / folder / f"{name}.{suffix}").write_text(content)
     (tmp_path / "ids").write_text("1\n2\n1\n")
-    left_out = LeftOut()
+    rejects = Rejects()
     folders = {name: tmp_path / name for name in ("images", "sentences", "annotations", "ids")}
-    (sample,) = CONVERTERS["flickr30k_entities"](**folders, left_out=left_out)
+    (sample,) = CONVERTERS["flickr30k_entities"](**folders, rejects=rejects)
     assert sample["id"] == "flickr30k/1" and len(sample["groundings"]) == 1
-    assert left_out.counts == {"image repeats": 1, "file of annotations is of another image": 1}
+    assert rejects.counts == {"image repeats": 1, "file of annotations is of another image": 1}

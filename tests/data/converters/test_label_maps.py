@@ -28,7 +28,7 @@ def test_samples_are_those_of_the_data_set(folders, check):
     assert [sample["id"] for sample in samples] == [sample["id"] for sample in expected]
     assert all(a["groundings"] == b["groundings"] for a, b in zip(samples, expected))
     assert len(list(label_maps(*folders, CLASSES, size=(32, 24)))) == 3
-    parts = [list(label_maps(*folders, CLASSES, length=5, part=(number, 2), **options)) for number in range(2)]
+    parts = [list(label_maps(*folders, CLASSES, length=5, shard=(number, 2), **options)) for number in range(2)]
     assert [sample["id"] for sample in parts[1]] == [sample["id"] for sample in samples[1::2]]
 
 

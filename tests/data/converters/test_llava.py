@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset, Features, Image, Value
 
 from age_vlm.data.converters.llava import llava
-from age_vlm.data.rejects import LeftOut
+from age_vlm.data.rejects import Rejects
 from age_vlm.data.schema import message_text
 
 
@@ -91,28 +91,28 @@ def test_broken_records_are_left_out_and_counted(tmp_path, images, check):
         INSTRUCT | {"conversations": [{"value": "x"}]},
         INSTRUCT | {"image": 7},
     ]
-    left_out = LeftOut()
-    samples = check(llava(write(tmp_path / "chat.json", [*broken, PRETRAIN]), images, left_out=left_out))
+    rejects = Rejects()
+    samples = check(llava(write(tmp_path / "chat.json", [*broken, PRETRAIN]), images, rejects=rejects))
     assert [sample["id"] for sample in samples] == ["004539375/8"]
-    assert left_out.counts == {
+    assert rejects.counts == {
         "image file is missing": 1,
         "image cannot be read": 2,
         "text is empty": 1,
-        "places for images (<image>) are not as many as the images": 1,
+        "image markers (<image>) are not as many as the images": 1,
         "record lacks 'conversations'": 1,
         "record lacks 'from'": 1,
         "record is malformed (TypeError)": 1,
     }
-    assert left_out.examples["image cannot be read"] == "1"
+    assert rejects.examples["image cannot be read"] == "1"
     with pytest.warns(UserWarning, match="llava: 8 left out"):
         list(llava(tmp_path / "chat.json", images))
     (tmp_path / "chat.jsonl").write_text("{\n" + json.dumps(PRETRAIN))
-    assert len(list(llava(tmp_path / "chat.jsonl", images, left_out=left_out))) == 1 and left_out.total == 9
+    assert len(list(llava(tmp_path / "chat.jsonl", images, rejects=rejects))) == 1 and rejects.total == 9
 
 
 def test_parts_make_the_whole(tmp_path, images):
     file = write(tmp_path / "chat.json", [PRETRAIN | {"id": str(number)} for number in range(5)])
-    ids = [[sample["id"] for sample in llava(file, images, part=(number, 2))] for number in range(2)]
+    ids = [[sample["id"] for sample in llava(file, images, shard=(number, 2))] for number in range(2)]
     assert ids == [["0/0", "2/2", "4/4"], ["1/1", "3/3"]]
 
 
@@ -131,13 +131,13 @@ def test_a_table_with_images_inside(tmp_path, images, check):
 
 
 def test_missing_files_are_named(tmp_path, images):
-    with pytest.raises(ValueError, match="conversations must be a file, got 'nowhere.json'"):
+    with pytest.raises(ValueError, match="conversations: got 'nowhere.json', expected a file"):
         list(llava("nowhere.json", images))
-    with pytest.raises(ValueError, match="images must be a folder, got 'nowhere'"):
+    with pytest.raises(ValueError, match="images: got 'nowhere', expected a folder"):
         list(llava(write(tmp_path / "chat.json", [PRETRAIN]), "nowhere"))
-    left_out = LeftOut()
-    assert not list(llava(tmp_path / "chat.json", left_out=left_out))
-    assert left_out.counts == {"image is a path, and no folder of images was given": 1}
+    rejects = Rejects()
+    assert not list(llava(tmp_path / "chat.json", rejects=rejects))
+    assert rejects.counts == {"image is a path, and no folder of images was given": 1}
 
 
 def test_what_is_half_understood_is_never_a_chat_without_its_image(tmp_path, images):
@@ -152,13 +152,13 @@ def test_what_is_half_understood_is_never_a_chat_without_its_image(tmp_path, ima
         {"id": "7", "image": "a.png", "conversations": [human("what?"), gpt("<image> a dog")]},
         {"id": "8", "conversations": [human("<video>\nwhat?"), gpt("a dog")]},
     ]
-    left_out = LeftOut()
-    assert list(llava(write(tmp_path / "chat.json", broken), images, left_out=left_out)) == []
-    assert left_out.counts == {
+    rejects = Rejects()
+    assert list(llava(write(tmp_path / "chat.json", broken), images, rejects=rejects)) == []
+    assert rejects.counts == {
         "media under a key that is not read: images": 1,
         "media under a key that is not read: video": 1,
         "media under a key that is not read: audio": 1,
         "media under a key that is not read: image": 1,
-        "places for images (<image>) are not as many as the images": 2,
+        "image markers (<image>) are not as many as the images": 2,
         "text marks an image or other media where none belongs": 2,
     }

@@ -11,7 +11,7 @@ from PIL import Image
 
 from age_vlm.data.converters import CONVERTERS
 from age_vlm.data.label_maps import LabelMaps
-from age_vlm.data.rejects import LeftOut
+from age_vlm.data.rejects import Rejects
 
 
 SIZE = {"width": 40, "height": 30}
@@ -57,9 +57,9 @@ def test_a_record_that_names_a_file_outside(place, name, file):
     (place / "images/linked").symlink_to(place / "outside")
     (place / "images/link.jpg").symlink_to(place / "outside/1.jpg")
     paths = files(place, name, str(place / "outside/1.jpg") if file == "absolute" else file)
-    left_out = LeftOut()
-    assert list(CONVERTERS[name](**paths, left_out=left_out)) == []
-    assert left_out.counts == {OUTSIDE: 1}
+    rejects = Rejects()
+    assert list(CONVERTERS[name](**paths, rejects=rejects)) == []
+    assert rejects.counts == {OUTSIDE: 1}
     assert len(list(CONVERTERS[name](**paths, allow_outside=True))) == 1
 
 
@@ -68,9 +68,9 @@ def test_a_record_that_names_a_file_outside(place, name, file):
     "file", ["http://x.org/1.jpg", "https://x.org/1.jpg", "data:image/png;base64,AA", "file:///1.jpg"]
 )
 def test_a_record_that_names_a_url(place, name, file):
-    left_out = LeftOut()
-    assert list(CONVERTERS[name](**files(place, name, file), left_out=left_out)) == []
-    assert left_out.counts == {"image is a URL": 1}
+    rejects = Rejects()
+    assert list(CONVERTERS[name](**files(place, name, file), rejects=rejects)) == []
+    assert rejects.counts == {"image is a URL": 1}
 
 
 def test_images_that_are_found_by_their_identifier(place):
@@ -79,9 +79,9 @@ def test_images_that_are_found_by_their_identifier(place):
     records = [{"id": 1, "regions": [region]}, {"id": "../outside/1", "regions": [region]}]
     (place / "regions.json").write_text(json.dumps(records))
     arguments = {"images": place / "images", "regions": place / "regions.json"}
-    left_out = LeftOut()
-    assert list(CONVERTERS["visual_genome"](**arguments, left_out=left_out)) == []
-    assert left_out.counts == {OUTSIDE: 2}
+    rejects = Rejects()
+    assert list(CONVERTERS["visual_genome"](**arguments, rejects=rejects)) == []
+    assert rejects.counts == {OUTSIDE: 2}
     assert len(list(CONVERTERS["visual_genome"](**arguments, allow_outside=True))) == 2
 
     for folder, suffix, content in (("sentences", "txt", "A dog ."), ("annotations", "xml", "<a></a>")):
@@ -90,9 +90,9 @@ def test_images_that_are_found_by_their_identifier(place):
             (place / (folder if name == "1" else ".") / f"{name}.{suffix}").write_text(content)
     (place / "ids").write_text("1 ../outside")
     folders = {name: place / name for name in ("images", "sentences", "annotations", "ids")}
-    left_out = LeftOut()
-    assert list(CONVERTERS["flickr30k_entities"](**folders, left_out=left_out)) == []
-    assert left_out.counts == {OUTSIDE: 2}
+    rejects = Rejects()
+    assert list(CONVERTERS["flickr30k_entities"](**folders, rejects=rejects)) == []
+    assert rejects.counts == {OUTSIDE: 2}
 
 
 def test_segments(place):
@@ -109,9 +109,9 @@ def test_segments(place):
         "categories": [{"id": 18, "name": "dog"}],
     }
     (place / "panoptic.json").write_text(json.dumps(panoptic))
-    left_out = LeftOut()
-    (sample,) = CONVERTERS["coco"](**arguments, left_out=left_out)
-    assert sample["groundings"] == [] and left_out.counts == {OUTSIDE: 1}
+    rejects = Rejects()
+    (sample,) = CONVERTERS["coco"](**arguments, rejects=rejects)
+    assert sample["groundings"] == [] and rejects.counts == {OUTSIDE: 1}
     (sample,) = CONVERTERS["coco"](**arguments | {"allow_outside": True})
     assert len(sample["groundings"]) == 1
 
@@ -122,9 +122,9 @@ def test_rows_that_hold_a_path_and_no_image(place):
     llava = [{"id": "1", "image": {"bytes": None, "path": path}, "conversations": TURNS}]
     for name, argument, rows in (("cauldron", "data", chats), ("llava", "conversations", llava)):
         arguments = {argument: Dataset.from_list(rows)}
-        left_out = LeftOut()
-        assert list(CONVERTERS[name](**arguments, left_out=left_out)) == []
-        assert left_out.counts == {"image is a path, and no folder of images was given": 1}
+        rejects = Rejects()
+        assert list(CONVERTERS[name](**arguments, rejects=rejects)) == []
+        assert rejects.counts == {"image is a path, and no folder of images was given": 1}
         assert len(list(CONVERTERS[name](**arguments, allow_outside=True))) == 1
 
 

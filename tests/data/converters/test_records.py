@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from age_vlm.data.converters import records
 from age_vlm.data.converters.records import read_coco, read_json, read_table
-from age_vlm.data.rejects import LeftOut
+from age_vlm.data.rejects import Rejects
 
 
 VALUES = st.recursive(
@@ -42,7 +42,7 @@ def test_elements_come_before_the_file_is_read_to_its_end(tmp_path):
     path.write_text("[" + ",".join(json.dumps({"number": number, "long": "x" * 1000}) for number in range(1000)))
     entries = read_json(path, "file")
     assert [next(entries)[1]["number"] for _ in range(900)] == list(range(900))
-    with pytest.raises(ValueError, match=r"file must be a whole JSON file, got '.*cut.json'") as caught:
+    with pytest.raises(ValueError, match=r"file: got '.*cut.json', expected a whole JSON file") as caught:
         list(entries)
     assert "\n" not in str(caught.value)
 
@@ -75,7 +75,7 @@ def test_a_fault_is_found_without_reading_on(tmp_path):
 def test_what_is_not_json_is_refused(tmp_path, text):
     path = tmp_path / "broken.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ValueError, match="file must be a whole JSON file"):
+    with pytest.raises(ValueError, match="file: got .*, expected a whole JSON file"):
         list(read_json(path, "file"))
 
 
@@ -83,7 +83,7 @@ def test_lines_are_read_one_by_one_and_a_broken_one_is_none(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"a": 1}\n\n{"a": \n[2]\n')
     assert list(read_json(path, "file")) == [(None, {"a": 1}), (None, None), (None, [2])]
-    with pytest.raises(ValueError, match="file must be a file, got 'nowhere.json', which is none"):
+    with pytest.raises(ValueError, match="file: got 'nowhere.json', expected a file"):
         list(read_json("nowhere.json", "file"))
 
 
@@ -100,13 +100,13 @@ def test_a_coco_file_keeps_what_is_wanted_and_counts_what_is_broken(tmp_path):
             }
         )
     )
-    left_out = LeftOut()
-    file = read_coco(path, "file", left_out, wanted={"5"})
+    rejects = Rejects()
+    file = read_coco(path, "file", rejects, wanted={"5"})
     assert dict(file.images.items()) == {"5": {"id": "5"}, "6": {"id": "6"}}
     assert dict(file.categories.items()) == {"1": "dog"}
     assert file.annotations.keys() == {"5"} and file.annotations_of("5") == [{"id": "1", "image_id": "5"}]
     assert file.annotations_of("6") == []
-    assert left_out.counts == {
+    assert rejects.counts == {
         "record lacks 'image_id'": 1,
         "record is malformed (TypeError)": 1,
         "record lacks 'id'": 1,
@@ -134,13 +134,13 @@ def test_identifiers_of_a_coco_file_are_matched_or_counted(tmp_path):
         "categories": [{"id": 1, "name": "dog"}, {"id": "1", "name": "cat"}, {"id": 2, "name": "bird"}],
     }
     path.write_text(json.dumps(parts))
-    left_out = LeftOut()
-    file = read_coco(path, "file", left_out)
+    rejects = Rejects()
+    file = read_coco(path, "file", rejects)
     assert [image for image, _ in file.images.items()] == ["5", "6", "8", "9"]
     assert dict(file.categories.items()) == {"2": "bird"}
     assert len(file.annotations_of("5")) == 4 and len(file.annotations_of("6")) == 1
     assert file.annotations_of("8") == [] == file.annotations_of("9")
-    assert left_out.counts == {
+    assert rejects.counts == {
         "image of an annotation is unknown": 1,
         "annotation identifier stands for different records": 4,
         "identifier is neither a whole number nor a text": 1,
@@ -178,7 +178,7 @@ def test_a_table_has_splits_and_may_be_one_file(table):
     assert [row["number"] for row in read_table(folder, "data", (0, 1), split="test")] == [0]
     assert [row["number"] for row in read_table(folder / "test-00000-of-00001.parquet", "data", (0, 1))] == [0]
     with pytest.raises(
-        ValueError, match="data must be a data set of the Hub, or a folder or file of parquet"
+        ValueError, match="data: got .*, expected a data set of the Hub, or a folder or file of parquet"
     ) as caught:
         read_table("nobody/has-this", "data", (0, 1))
     assert "\n" not in str(caught.value)

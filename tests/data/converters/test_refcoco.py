@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from age_vlm.data.converters.refcoco import image_names, refcoco, refcoco_hub
 from age_vlm.data.masks import decode_mask
-from age_vlm.data.rejects import LeftOut
+from age_vlm.data.rejects import Rejects
 from age_vlm.data.schema import message_text
 
 
@@ -125,8 +125,8 @@ def test_every_expression_of_an_object_is_grounded_in_its_mask(write, check, sai
 def test_splits_and_parts(write):
     paths = write()
     assert [sample["id"] for sample in refcoco(*paths, "val")] == ["refcoco/2"]
-    assert [sample["id"] for sample in refcoco(*paths, part=(1, 2))] == ["refcoco/1"]
-    with pytest.raises(ValueError, match=r"split must be one of \['train', 'val'\], got 'testA'"):
+    assert [sample["id"] for sample in refcoco(*paths, shard=(1, 2))] == ["refcoco/1"]
+    with pytest.raises(ValueError, match=r"split: got 'testA', expected one of train, val"):
         list(refcoco(*paths, "testA"))
 
 
@@ -151,11 +151,11 @@ def test_broken_records_are_left_out_and_counted(write, check):
         {"ref_id": 8},
         None,
     ]
-    left_out = LeftOut()
+    rejects = Rejects()
     outside = annotation(2, 581857, 50, 50, 60, 60)
-    samples = check(refcoco(*write(refs, [*ANNOTATIONS, outside]), left_out=left_out))
+    samples = check(refcoco(*write(refs, [*ANNOTATIONS, outside]), rejects=rejects))
     assert [sample["id"] for sample in samples] == ["refcoco/0", "refcoco/1", "refcoco/5"]
-    assert left_out.counts == {
+    assert rejects.counts == {
         "instances lack its image or annotation": 2,
         "text is empty": 1,
         "no text is left of it": 1,
@@ -169,8 +169,8 @@ def test_a_pickle_that_is_more_than_data_is_refused(write, tmp_path):
     images, refs, instances = write()
     for content, says in (
         (pickle.dumps([print]), "it asks for builtins.print"),
-        (b"no pickle", "refs must be a pickle of plain data"),
-        (pickle.dumps({}), "refs must hold a list, got .* with a dict"),
+        (b"no pickle", "refs: got .*, expected a pickle of plain data"),
+        (pickle.dumps({}), "refs: got .* with a dict, expected a list"),
     ):
         refs.write_bytes(content)
         with pytest.raises(ValueError, match=says):
@@ -200,7 +200,7 @@ def test_the_tables_of_the_hub_say_the_same(write, check, said, phrase, tmp_path
         assert (a["id"], a["messages"], a["groundings"]) == (b["id"], b["messages"], b["groundings"])
     assert [s["id"] for s in refcoco_hub(paths[0], tmp_path / "hub", split="validation")] == ["refcoco/2"]
 
-    left_out = LeftOut()
+    rejects = Rejects()
     broken = Dataset.from_list([rows[0] | {"raw_anns": "{"}, rows[0] | {"raw_anns": None}])
-    assert not list(refcoco_hub(paths[0], broken, left_out=left_out))
-    assert left_out.counts == {"record is malformed (JSONDecodeError)": 1, "instances lack its image or annotation": 1}
+    assert not list(refcoco_hub(paths[0], broken, rejects=rejects))
+    assert rejects.counts == {"record is malformed (JSONDecodeError)": 1, "instances lack its image or annotation": 1}

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from age_vlm.data.converters.visual_genome import visual_genome
-from age_vlm.data.rejects import LeftOut
+from age_vlm.data.rejects import Rejects
 
 
 def region(number, image_id, x, y, width, height, phrase):
@@ -51,7 +51,7 @@ def test_some_regions_and_parts(folder, said):
     arguments = folder, folder / "region_descriptions.json"
     first, _ = visual_genome(*arguments, per_image=1)
     assert said(first) == ["the clock is green in colour"]
-    assert [sample["id"] for sample in visual_genome(*arguments, part=(1, 2))] == ["visual_genome/2407890"]
+    assert [sample["id"] for sample in visual_genome(*arguments, shard=(1, 2))] == ["visual_genome/2407890"]
 
 
 def test_broken_records_are_left_out_and_counted(folder, check, said):
@@ -70,10 +70,10 @@ def test_broken_records_are_left_out_and_counted(folder, check, said):
         None,
     ]
     (folder / "region_descriptions.json").write_text(json.dumps(records))
-    left_out = LeftOut()
-    (sample,) = check(visual_genome(folder, folder / "region_descriptions.json", left_out=left_out))
+    rejects = Rejects()
+    (sample,) = check(visual_genome(folder, folder / "region_descriptions.json", rejects=rejects))
     assert len(said(sample)) == 2
-    assert left_out.counts == {
+    assert rejects.counts == {
         "annotation covers nothing of the image": 2,
         "text is empty": 1,
         "record is malformed (TypeError)": 2,

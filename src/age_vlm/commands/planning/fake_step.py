@@ -24,7 +24,7 @@ from .peak_memory import PeakMemory
 
 PARAMETERS, GRADIENTS, OPTIMIZER, BATCH = "parameters", "gradients", "optimizer states", "batch"
 HEAD, BACKWARD, UPDATE = "logits and loss", "backward pass", "optimizer step"
-# The name of a part stands for its activations.
+# The name of a component stands for its activations.
 KINDS = (PARAMETERS, GRADIENTS, OPTIMIZER, BATCH, *COMPONENTS, HEAD, BACKWARD, UPDATE)
 
 
@@ -33,7 +33,7 @@ class StepFigures:
     """
     Attributes:
         peaks: as of `PeakMemory`, bytes.
-        forward: part, or `logits and loss` -> floating point operations of one forward pass over the batch.
+        forward: component, or `logits and loss` -> floating point operations of one forward pass over the batch.
         backward: operations of its backward pass, and of what checkpointing computes once more for it.
     """
 
@@ -70,7 +70,7 @@ def fake_step(
     """The step after the first, so that the optimizer has its states: the last forward and backward pass and the update.
 
     Weights, images and all that is computed from them are fake. Token ids, and what follows from them, are real: the
-    model reads the places of its images out of them.
+    model reads the positions of its images out of them.
 
     Args:
         model: on the meta device, its parameters frozen as the recipe says; it is made fake in place.
@@ -149,7 +149,7 @@ def _tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 
 def _name_kinds(model, memory: PeakMemory, operations: _Operations, forward: dict[str, float]) -> list:
-    """Hooks by which what a module makes is of its part's kind, also where checkpointing runs it again in the backward
+    """Hooks by which what a module makes is of its component's kind, also where checkpointing runs it again in the backward
     pass, and by which the operations of the first forward pass are counted."""
     hooks, counted = [], [0]
     whole = False
@@ -161,9 +161,9 @@ def _name_kinds(model, memory: PeakMemory, operations: _Operations, forward: dic
 
     kinds: list[str] = []
     for name, module in model.named_modules():
-        part = component_of(f"{name}.weight")
-        inside = part != "language_model" or "language_model" in name.split(".")
-        kind = part if inside else HEAD
+        component = component_of(f"{name}.weight")
+        inside = component != "language_model" or "language_model" in name.split(".")
+        kind = component if inside else HEAD
 
         def before(module, inputs, kind=kind):
             if kinds:

@@ -135,7 +135,7 @@ def _load(
 ) -> tuple[AgeVlmForConditionalGeneration, AgeVlmProcessor | _ImagesAlone]:
     if recipe.checkpoint == PREVIOUS:
         raise UserError(
-            f"model.checkpoint: got '{PREVIOUS}', expected a folder or Hub id, a preset in its place "
+            f"model.checkpoint: got '{PREVIOUS}', expected a folder or Hub id, a preset instead "
             "(model={preset: age-vlm-1b}), or the folder of all stages as the recipe."
         )
     if recipe.attention == "flex_attention":

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from ...errors import UserError, reading
+from ...errors import UserError, one_of, reading
 from ...modeling_agevlm import AgeVlmForConditionalGeneration
 from ...modeling_agevlm.components_agevlm import COMPONENTS, component_of
 from ...training.components import count_parameters
@@ -59,7 +59,7 @@ class Hardware:
 
     def __post_init__(self):
         if self.sharding not in SHARDINGS:
-            raise UserError(f"sharding: got '{self.sharding}', expected one of {', '.join(SHARDINGS)}.")
+            raise UserError(f"sharding: got '{self.sharding}', expected {one_of(self.sharding, SHARDINGS)}.")
         if self.devices < 1:
             raise UserError(f"devices: got {self.devices}, expected at least 1.")
         for name in ("memory", "flops"):

@@ -12,9 +12,9 @@ from uuid import uuid4
 from datasets import Dataset, IterableDataset
 from datasets.exceptions import DatasetGenerationError
 
-from ...errors import UserError
+from ...errors import UserError, one_of
 from ..file_state import files_state
-from ..rejects import LeftOut
+from ..rejects import Rejects
 from ..schema import FEATURES, Sample
 from .cauldron import cauldron
 from .coco import coco, segments_beside
@@ -36,8 +36,8 @@ CONVERTERS: dict[str, Callable[..., Iterator[Sample]]] = {
     "cauldron": cauldron,
     "label_maps": label_maps,
 }
-"""Name of a source -> its converter. All take `part=(number, parts)`, every how manieth record from which on, and
-`left_out`, which counts what could not be used; without it they say at their end what they left out."""
+"""Name of a source -> its converter. All take `shard=(number, shards)`, one of so many interleaved shards of
+the records, and `rejects`, which counts what could not be used; without it, they warn at the end about what they left out."""
 
 
 def convert(
@@ -65,17 +65,17 @@ def convert(
         UserError: an unknown name or argument, what the converter says of its arguments, or that nothing could be used.
     """
     if name not in CONVERTERS:
-        raise UserError(f"name must be one of {sorted(CONVERTERS)}, got {name!r}.")
+        raise UserError(f"name: got {name!r}, expected {one_of(name, sorted(CONVERTERS))}.")
     if not isinstance(shards, int) or shards < 1 or (shards > 1 and not streaming):
-        raise UserError(f"shards must be a number from 1 on, and 1 unless streaming, got {shards!r}.")
-    known = inspect.signature(CONVERTERS[name]).parameters.keys() - {"part", "left_out"}
+        raise UserError(f"shards: got {shards!r}, expected a number from 1 on, and 1 unless streaming.")
+    known = inspect.signature(CONVERTERS[name]).parameters.keys() - {"shard", "rejects"}
     needed = {
         key for key in known if inspect.signature(CONVERTERS[name]).parameters[key].default is inspect.Parameter.empty
     }
     if wrong := sorted(arguments.keys() - known) or sorted(needed - arguments.keys()):
         raise UserError(
-            f"arguments of {name!r} are {sorted(needed)} and optionally {sorted(known - needed)}, got "
-            f"{sorted(arguments)}: {wrong[0]!r} is {'none of them' if wrong[0] in arguments else 'missing'}."
+            f"{wrong[0]}: {'unknown' if wrong[0] in arguments else 'missing'} argument of {name!r}, expected "
+            f"{', '.join(sorted(needed))} and optionally {', '.join(sorted(known - needed))}."
         )
     # Not a list, which `datasets` would take for shards and deal out to workers.
     settings = {"name": name, "arguments": arguments, "shards": shards}
@@ -100,14 +100,14 @@ def _stored_samples(
     name: str, arguments: dict[str, Any], shards: int, numbers: Sequence[int], state: str = ""
 ) -> Iterator[dict[str, Any]]:
     """`state` only tells the cache of `datasets` apart what is made of files before and after a change."""
-    left_out, made = LeftOut(), 0
+    rejects, made = Rejects(), 0
     for number in numbers:
-        for sample in CONVERTERS[name](**arguments, part=(number, shards), left_out=left_out):
+        for sample in CONVERTERS[name](**arguments, shard=(number, shards), rejects=rejects):
             made += 1
             yield {**sample, "images": [stored_image(image) for image in sample["images"]]}
-    if left_out.total and not made and len(numbers) == shards:
-        raise UserError(f"{name}: nothing could be used, {left_out}.")
-    left_out.warn(name)
+    if rejects.total and not made and len(numbers) == shards:
+        raise UserError(f"{name}: nothing could be used, {rejects}.")
+    rejects.warn(name)
 
 
 def _state(name: str, arguments: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ..rejects import LeftOut, Unusable, reported
+from ..rejects import Rejects, Unusable, reported
 from ..schema import Sample
 from .chats import chat, require_only
 from .images import ImageFolder, open_named
@@ -18,8 +18,8 @@ def cauldron(
     split: str = "train",
     *,
     allow_outside: bool = False,
-    part: tuple[int, int] = (0, 1),
-    left_out: LeftOut | None = None,
+    shard: tuple[int, int] = (0, 1),
+    rejects: Rejects | None = None,
 ) -> Iterator[Sample]:
     """Samples of a table with the columns `images` and `texts` (`{"user", "assistant"}`), streamed.
 
@@ -31,10 +31,10 @@ def cauldron(
     Source: https://huggingface.co/datasets/HuggingFaceM4/the_cauldron and .../FineVision
     """
     folder = ImageFolder(".", "data", allow_outside) if allow_outside else None
-    with reported(left_out, "cauldron") as left_out:
-        for number, row in enumerate(read_table(data, "data", part, subset, split)):
-            name = f"{subset or 'cauldron'}/{split}/{part[0]}.{number}"
-            if (sample := left_out.attempt(name, _sample, name, row, folder)) is not None:
+    with reported(rejects, "cauldron") as rejects:
+        for number, row in enumerate(read_table(data, "data", shard, subset, split)):
+            name = f"{subset or 'cauldron'}/{split}/{shard[0]}.{number}"
+            if (sample := rejects.attempt(name, _sample, name, row, folder)) is not None:
                 yield sample
 
 

@@ -13,7 +13,7 @@ from ..rejects import Unusable
 from ..schema import ROLES, Message, Sample, assistant_message, grounding, user_message
 
 
-PLACE = "<image>"
+IMAGE_MARKER = "<image>"
 REGION_REQUEST = "describe one thing in the picture."
 
 # Formats mark media in many ways; a text with a mark that was not understood would be trained on as it is.
@@ -61,12 +61,12 @@ def require_only(record: Mapping[str, Any], media: str | None) -> None:
 def chat(turns: Sequence[tuple[str, Any]], images: int) -> list[Message]:
     """Role and text of each turn as messages that show `images` images.
 
-    `<image>` in a user's text is the place of an image. Where there is none, the first user turn shows all images. A
+    `<image>` in a user's text marks an image. Where there is none, the first user turn shows all images. A
     single image of a turn stands before its text, because words see only images before them; several stay where
     they are.
 
     Raises:
-        Unusable: a text is missing or empty, roles are unknown or do not alternate, nobody answers, the places are not
+        Unusable: a text is missing or empty, roles are unknown or do not alternate, nobody answers, the markers are not
             as many as the images, or a text marks an image elsewhere or in another way.
     """
     if any(role not in ROLES for role, _ in turns):
@@ -74,7 +74,7 @@ def chat(turns: Sequence[tuple[str, Any]], images: int) -> list[Message]:
     if not all(isinstance(text, str) for _, text in turns):
         raise Unusable("text is missing")
     for role, text in turns:
-        _require_no_marker(text.replace(PLACE, "") if role == "user" else text)
+        _require_no_marker(text.replace(IMAGE_MARKER, "") if role == "user" else text)
     messages: list[Message] = [{"role": role, "content": [_text(text)]} for role, text in turns[:1] if role == "system"]
     turns = list(turns[len(messages) :])
     # Logs of chats, such as ShareGPT's, may be cut so that they begin with an answer: to a question nobody knows.
@@ -84,10 +84,10 @@ def chat(turns: Sequence[tuple[str, Any]], images: int) -> list[Message]:
         raise Unusable("turns do not alternate")
     if len(turns) < 2:
         raise Unusable("nobody answers")
-    places = sum(text.count(PLACE) for role, text in turns if role == "user")
-    if places not in (0, images):
-        raise Unusable(f"places for images ({PLACE}) are not as many as the images")
-    in_front = 0 if places else images
+    markers = sum(text.count(IMAGE_MARKER) for role, text in turns if role == "user")
+    if markers not in (0, images):
+        raise Unusable(f"image markers ({IMAGE_MARKER}) are not as many as the images")
+    in_front = 0 if markers else images
     for role, text in turns:
         if role == "assistant":
             messages.append({"role": role, "content": [_text(text)]})
@@ -125,9 +125,9 @@ def _text(text: str) -> dict[str, str]:
 
 
 def _shown(text: str, images: int) -> list[dict[str, Any]]:
-    """Content of a user turn: `images` images in front, or those at the places in the text."""
+    """Content of a user turn: `images` images in front, or those at the markers in the text."""
     image = {"type": "image", "text": None}
-    parts = text.split(PLACE)
+    parts = text.split(IMAGE_MARKER)
     if len(parts) <= 2:
         count = images + len(parts) - 1
         text = " ".join(part.strip() for part in parts).strip()

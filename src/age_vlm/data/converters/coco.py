@@ -14,14 +14,14 @@ import numpy as np
 
 from ..label_maps import CAPTION_REQUEST
 from ..masks import MaskRLE, encode_mask
-from ..rejects import LeftOut, Unusable, reported
+from ..rejects import Rejects, Unusable, reported
 from ..schema import Sample
 from .chats import Phrase, line, statements
 from .geometry import EMPTY, segmentation_mask, union
 from .images import ImageFolder, open_image, require_size
 from .index import Index, identity
 from .mentions import Vocabulary
-from .records import CocoFile, existing_file, part_of, read_coco
+from .records import CocoFile, existing_file, read_coco, shard_of
 from .refcoco import image_names
 
 
@@ -91,8 +91,8 @@ def coco(
     request: str = CAPTION_REQUEST,
     per_image: int | None = None,
     allow_outside: bool = False,
-    part: tuple[int, int] = (0, 1),
-    left_out: LeftOut | None = None,
+    shard: tuple[int, int] = (0, 1),
+    rejects: Rejects | None = None,
 ) -> Iterator[Sample]:
     """A sample for each image, in which each of its captions answers `request`.
 
@@ -115,27 +115,27 @@ def coco(
     if panoptic is not None:
         beside = segments_beside(existing_file(panoptic, "panoptic"))
         pngs = ImageFolder(beside if segments is None else segments, "segments", allow_outside)
-    with reported(left_out, "coco") as left_out:
-        texts = read_coco(captions, "captions", left_out)
-        chosen = dict(part_of(texts.images.items(), part))
-        empty = CocoFile.empty(left_out)
-        things = empty if instances is None else read_coco(instances, "instances", left_out, chosen)
-        stuff = empty if panoptic is None else read_coco(panoptic, "panoptic", left_out, chosen)
+    with reported(rejects, "coco") as rejects:
+        texts = read_coco(captions, "captions", rejects)
+        chosen = dict(shard_of(texts.images.items(), shard))
+        empty = CocoFile.empty(rejects)
+        things = empty if instances is None else read_coco(instances, "instances", rejects, chosen)
+        stuff = empty if panoptic is None else read_coco(panoptic, "panoptic", rejects, chosen)
         known = {name for _, name in things.categories.items()}
         categories = known | {name for _, name in stuff.categories.items()}
         vocabulary = Vocabulary({**{name: category_words(name) for name in sorted(categories)}, "": COMPOUNDS})
         for number, described in chosen.items():
             if number not in texts.annotations:
-                left_out.add("image has no captions", number)
+                rejects.add("image has no captions", number)
                 continue
             masks_of = (
-                partial(_thing_masks, things, number, left_out),
-                partial(_stuff_masks, stuff, number, pngs, known, left_out),
+                partial(_thing_masks, things, number, rejects),
+                partial(_stuff_masks, stuff, number, pngs, known, rejects),
             )
             said = islice(texts.annotations_of(number), per_image)
             others = [file.images.get for file in (things, stuff) if number in file.images]
-            arguments = number, described, others, said, masks_of, vocabulary, folder, request, left_out
-            if (sample := left_out.attempt(number, _sample, *arguments)) is not None:
+            arguments = number, described, others, said, masks_of, vocabulary, folder, request, rejects
+            if (sample := rejects.attempt(number, _sample, *arguments)) is not None:
                 yield sample
 
 
@@ -166,7 +166,7 @@ def _sample(
     vocabulary: Vocabulary,
     folder: ImageFolder,
     request: str,
-    left_out: LeftOut,
+    rejects: Rejects,
 ) -> Sample:
     names = {image_names(found["file_name"])[-1] for found in (described, *(find(number) for find in others))}
     if len(names) > 1:
@@ -189,34 +189,34 @@ def _sample(
         found = [(start, end, mask_of(categories), None) for start, end, categories in vocabulary.find(text)]
         return text, [phrase for phrase in found if phrase[2] is not None]
 
-    each = (left_out.attempt(f"caption of {number}", said, caption) for caption in captions)
+    each = (rejects.attempt(f"caption of {number}", said, caption) for caption in captions)
     return statements(f"coco/{number}", image, request, (caption for caption in each if caption is not None))
 
 
-def _thing_masks(things: CocoFile, number: str, left_out: LeftOut, size: tuple[int, int]) -> dict[str, list[MaskRLE]]:
+def _thing_masks(things: CocoFile, number: str, rejects: Rejects, size: tuple[int, int]) -> dict[str, list[MaskRLE]]:
     masks = defaultdict(list)
     for annotation in things.annotations_of(number):
         record = f"annotation {annotation.get('id')}"
-        mask = left_out.attempt(record, lambda item: segmentation_mask(item["segmentation"], *size), annotation)
-        name = left_out.attempt(record, _category, things, annotation)
+        mask = rejects.attempt(record, lambda item: segmentation_mask(item["segmentation"], *size), annotation)
+        name = rejects.attempt(record, _category, things, annotation)
         if mask is not None and name is not None:
             masks[name].append(mask)
     return masks
 
 
 def _stuff_masks(
-    stuff: CocoFile, number: str, folder: ImageFolder | None, known: set[str], left_out: LeftOut, size: tuple[int, int]
+    stuff: CocoFile, number: str, folder: ImageFolder | None, known: set[str], rejects: Rejects, size: tuple[int, int]
 ) -> dict[str, list[MaskRLE]]:
     masks = defaultdict(list)
     for annotation in stuff.annotations_of(number):
-        read = left_out.attempt(f"panoptic {number}", _read_segments, folder, annotation, size, left_out)
+        read = rejects.attempt(f"panoptic {number}", _read_segments, folder, annotation, size, rejects)
         ids, segments = (None, ()) if read is None else read
         for segment in segments:
             record = f"segment {segment.get('id')} of {number}"
-            name = left_out.attempt(record, _category, stuff, segment)
+            name = rejects.attempt(record, _category, stuff, segment)
             if name is None or name in known:
                 continue
-            mask = left_out.attempt(record, _segment_mask, ids, segment)
+            mask = rejects.attempt(record, _segment_mask, ids, segment)
             if mask is not None:
                 masks[name].append(mask)
     return masks
@@ -227,10 +227,10 @@ def _category(file: CocoFile, annotation: dict[str, Any]) -> str:
 
 
 def _read_segments(
-    folder: ImageFolder, annotation: dict[str, Any], size: tuple[int, int], left_out: LeftOut
+    folder: ImageFolder, annotation: dict[str, Any], size: tuple[int, int], rejects: Rejects
 ) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """The segment id of every pixel, and what is said of each segment."""
-    segments: Index[dict[str, Any]] = Index("segment", left_out)
+    segments: Index[dict[str, Any]] = Index("segment", rejects)
     for segment in annotation["segments_info"]:
         segments.add(segment["id"], segment)
     png = open_image(folder.find([annotation["file_name"]]))

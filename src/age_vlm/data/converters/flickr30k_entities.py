@@ -10,13 +10,13 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from ..label_maps import CAPTION_REQUEST
-from ..rejects import LeftOut, Unusable, reported
+from ..rejects import Rejects, Unusable, reported
 from ..schema import Sample, upright_size
 from .chats import Phrase, line, statements
 from .geometry import clipped_box
 from .images import ImageFolder, open_image, require_size
 from .index import Index, identity
-from .records import existing_file, part_of
+from .records import existing_file, shard_of
 
 
 _PHRASE = re.compile(r"\[/EN#(\d+)/\S+ ([^\]]*)\]")
@@ -33,8 +33,8 @@ def flickr30k_entities(
     request: str = CAPTION_REQUEST,
     per_image: int | None = None,
     allow_outside: bool = False,
-    part: tuple[int, int] = (0, 1),
-    left_out: LeftOut | None = None,
+    shard: tuple[int, int] = (0, 1),
+    rejects: Rejects | None = None,
 ) -> Iterator[Sample]:
     """A sample for each image, in which each of its captions answers `request`. Phrases have boxes and no mask yet.
 
@@ -56,16 +56,16 @@ def flickr30k_entities(
         names = sorted(path.stem for path in texts.path.glob("*.txt"))
     else:
         names = existing_file(ids, "ids").read_text("utf-8").split()
-    with reported(left_out, "flickr30k_entities") as left_out:
-        index: Index[None] = Index("image", left_out)
+    with reported(rejects, "flickr30k_entities") as rejects:
+        index: Index[None] = Index("image", rejects)
         for name in names:
             index.add(name, None)
-        for name, _ in part_of(index.items(), part):
-            captions = left_out.attempt(name, _captions, texts, name)
+        for name, _ in shard_of(index.items(), shard):
+            captions = rejects.attempt(name, _captions, texts, name)
             if captions is None:
                 continue
-            arguments = name, folder, captions, boxes, request, per_image, left_out
-            if (sample := left_out.attempt(name, _sample, *arguments)) is not None:
+            arguments = name, folder, captions, boxes, request, per_image, rejects
+            if (sample := rejects.attempt(name, _sample, *arguments)) is not None:
                 yield sample
 
 
@@ -98,7 +98,7 @@ def _sample(
     annotations: ImageFolder,
     request: str,
     per_image: int | None,
-    left_out: LeftOut,
+    rejects: Rejects,
 ) -> Sample:
     image = open_image(folder.find([f"{name}.jpg"]))
     try:
@@ -114,10 +114,10 @@ def _sample(
         # Without a box it is the whole scene, or cannot be seen.
         if (corners := item.find("bndbox")) is None:
             continue
-        box = left_out.attempt(f"box of {name}", _box, corners, upright_size(image))
+        box = rejects.attempt(f"box of {name}", _box, corners, upright_size(image))
         for chain in {identity(chain.text) for chain in item.iter("name")} if box is not None else ():
             boxes[chain].append(box)
-    said = (left_out.attempt(f"caption of {name}", _said, caption, boxes) for caption in captions)
+    said = (rejects.attempt(f"caption of {name}", _said, caption, boxes) for caption in captions)
     usable = (caption for caption in said if caption is not None)
     return statements(f"flickr30k/{name}", image, request, islice(usable, per_image))
 

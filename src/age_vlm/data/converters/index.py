@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Generic, TypeVar
 
-from ..rejects import LeftOut, Unusable
+from ..rejects import Rejects, Unusable
 
 
 Record = TypeVar("Record")
@@ -32,13 +32,13 @@ class Index(Generic[Record]):
 
     Args:
         what: what a record is, for the reasons.
-        left_out: counts records that repeat, and those that share an identifier.
+        rejects: counts records that repeat, and those that share an identifier.
     """
 
-    __slots__ = ("_ambiguous", "_records", "left_out", "what")
+    __slots__ = ("_ambiguous", "_records", "rejects", "what")
 
-    def __init__(self, what: str, left_out: LeftOut) -> None:
-        self.what, self.left_out = what, left_out
+    def __init__(self, what: str, rejects: Rejects) -> None:
+        self.what, self.rejects = what, rejects
         self._records: dict[str, Record] = {}
         self._ambiguous: set[str] = set()
 
@@ -51,17 +51,17 @@ class Index(Generic[Record]):
         key = identity(identifier)
         name = f"{self.what} {key}"
         if key in self._ambiguous:
-            self.left_out.add(self._shared, name)
+            self.rejects.add(self._shared, name)
         elif key not in self._records:
             self._records[key] = record
             return True
         elif self._records[key] == record:
-            self.left_out.add(f"{self.what} repeats", name)
+            self.rejects.add(f"{self.what} repeats", name)
         else:
             del self._records[key]
             self._ambiguous.add(key)
             for _ in range(2):
-                self.left_out.add(self._shared, name)
+                self.rejects.add(self._shared, name)
         return False
 
     def get(self, identifier: Any) -> Record:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..label_maps import LabelMaps, LabelMapsDataset
-from ..rejects import LeftOut
+from ..rejects import Rejects
 from ..schema import Sample
 
 
@@ -25,14 +25,14 @@ def label_maps(
     augment: bool = True,
     questions: int | Literal["all"] = "all",
     allow_outside: bool = False,
-    part: tuple[int, int] = (0, 1),
-    left_out: LeftOut | None = None,
+    shard: tuple[int, int] = (0, 1),
+    rejects: Rejects | None = None,
 ) -> Iterator[Sample]:
     """Random crops of label maps, each with a caption and questions: see `LabelMaps` and `LabelMapsDataset`.
 
     Args:
         length: number of crops; as many as there are photographs unless told.
-        left_out: stays empty: a file that does not fit is refused, because an index without a name is a mistake in
+        rejects: stays empty: a file that does not fit is refused, because an index without a name is a mistake in
             `classes`, not in the file.
 
     The decoded photographs stay in memory, unlike those of the other converters.
@@ -47,5 +47,5 @@ def label_maps(
         augment=augment,
         questions=questions,
     )
-    for index in range(part[0], len(crops), part[1]):
+    for index in range(shard[0], len(crops), shard[1]):
         yield crops[index]

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..rejects import LeftOut, reported
+from ..rejects import Rejects, reported
 from ..schema import Sample
 from .chats import chat, require_only
 from .images import ImageFolder, open_named
-from .records import Table, part_of, read_json, read_table
+from .records import Table, read_json, read_table, shard_of
 
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -23,8 +23,8 @@ def llava(
     split: str = "train",
     *,
     allow_outside: bool = False,
-    part: tuple[int, int] = (0, 1),
-    left_out: LeftOut | None = None,
+    shard: tuple[int, int] = (0, 1),
+    rejects: Rejects | None = None,
 ) -> Iterator[Sample]:
     """Samples of a LLaVA file, in its order.
 
@@ -40,13 +40,13 @@ def llava(
         images = "."
     folder = None if images is None else ImageFolder(images, "images", allow_outside)
     if isinstance(conversations, (str, Path)) and Path(conversations).suffix in (".json", ".jsonl"):
-        records = part_of((record for _, record in read_json(conversations, "conversations")), part)
+        records = shard_of((record for _, record in read_json(conversations, "conversations")), shard)
     else:
-        records = read_table(conversations, "conversations", part, subset, split)
-    with reported(left_out, "llava") as left_out:
+        records = read_table(conversations, "conversations", shard, subset, split)
+    with reported(rejects, "llava") as rejects:
         for number, record in enumerate(records):
-            name = f"{part[0] + number * part[1]}"
-            if (sample := left_out.attempt(name, _sample, name, record, folder)) is not None:
+            name = f"{shard[0] + number * shard[1]}"
+            if (sample := rejects.attempt(name, _sample, name, record, folder)) is not None:
                 yield sample
 
 

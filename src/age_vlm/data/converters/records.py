@@ -15,7 +15,7 @@ import datasets
 import ijson
 
 from ...errors import UserError
-from ..rejects import LeftOut, Unusable
+from ..rejects import Rejects, Unusable
 from .index import Index, identity
 
 
@@ -34,9 +34,9 @@ class CocoFile(NamedTuple):
     categories: Index[str]
 
     @classmethod
-    def empty(cls, left_out: LeftOut) -> CocoFile:
+    def empty(cls, rejects: Rejects) -> CocoFile:
         """A file without any."""
-        return cls(Index("image", left_out), {}, Index("category", left_out))
+        return cls(Index("image", rejects), {}, Index("category", rejects))
 
     def annotations_of(self, image: str) -> list[dict[str, Any]]:
         """All annotations of an image, by its `identity`, that can be used."""
@@ -50,7 +50,7 @@ def existing_folder(folder: str | Path, argument: str) -> Path:
         UserError: there is no such folder.
     """
     if not Path(folder).is_dir():
-        raise UserError(f"{argument} must be a folder, got {str(folder)!r}, which is none.")
+        raise UserError(f"{argument}: got {str(folder)!r}, expected a folder.")
     return Path(folder)
 
 
@@ -61,13 +61,13 @@ def existing_file(file: str | Path, argument: str) -> Path:
         UserError: there is no such file.
     """
     if not Path(file).is_file():
-        raise UserError(f"{argument} must be a file, got {str(file)!r}, which is none.")
+        raise UserError(f"{argument}: got {str(file)!r}, expected a file.")
     return Path(file)
 
 
-def part_of(records: Iterable[Any], part: tuple[int, int]) -> Iterator[Any]:
-    """Every `part[1]`-th record, from number `part[0]` on."""
-    return islice(records, part[0], None, part[1])
+def shard_of(records: Iterable[Any], shard: tuple[int, int]) -> Iterator[Any]:
+    """Every `shard[1]`-th record, from number `shard[0]` on."""
+    return islice(records, shard[0], None, shard[1])
 
 
 def read_json(file: str | Path, argument: str) -> Iterator[tuple[str | None, Any]]:
@@ -89,12 +89,12 @@ def read_json(file: str | Path, argument: str) -> Iterator[tuple[str | None, Any
                 yield from _entries(file)
     except (ijson.JSONError, UnicodeDecodeError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{argument} must be a whole JSON file, got {str(path)!r}: {reason}.") from None
+        raise UserError(f"{argument}: got {str(path)!r}, expected a whole JSON file: {reason}.") from None
 
 
-def read_coco(file: str | Path, argument: str, left_out: LeftOut, wanted: Container[str] | None = None) -> CocoFile:
+def read_coco(file: str | Path, argument: str, rejects: Rejects, wanted: Container[str] | None = None) -> CocoFile:
     """A file in the format of COCO, with the annotations of all images or of those whose `identity` is wanted."""
-    result = CocoFile.empty(left_out)
+    result = CocoFile.empty(rejects)
     # The images may come after the annotations.
     unplaced: dict[str, list[str]] = defaultdict(list)
 
@@ -108,7 +108,7 @@ def read_coco(file: str | Path, argument: str, left_out: LeftOut, wanted: Contai
         elif key == "annotations":
             image = identity(item["image_id"])
             if wanted is None or image in wanted:
-                annotations = result.annotations.setdefault(image, Index("annotation", left_out))
+                annotations = result.annotations.setdefault(image, Index("annotation", rejects))
                 if item.get("id") is not None:
                     annotations.add(item["id"], item | {"id": identity(item["id"]), "image_id": image})
                 else:
@@ -118,15 +118,15 @@ def read_coco(file: str | Path, argument: str, left_out: LeftOut, wanted: Contai
 
     for number, (key, item) in enumerate(read_json(file, argument)):
         name = f"entry {number} of {Path(file).name}"
-        left_out.attempt(name, add, name, key, item)
+        rejects.attempt(name, add, name, key, item)
     for image, names in unplaced.items():
         for name in names if image not in result.images else ():
-            left_out.add("image of an annotation is unknown", name)
+            rejects.add("image of an annotation is unknown", name)
     return result
 
 
 def read_table(
-    data: Table, argument: str, part: tuple[int, int], subset: str | None = None, split: str = "train"
+    data: Table, argument: str, shard: tuple[int, int], subset: str | None = None, split: str = "train"
 ) -> Iterator[dict[str, Any]]:
     """The rows of a part of a data set, streamed: its name on the Hub, a folder or file of parquet, or a loaded one.
 
@@ -144,15 +144,15 @@ def read_table(
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(
-                f"{argument} must be a data set of the Hub, or a folder or file of parquet, got {str(data)!r}: {reason}"
+                f"{argument}: got {str(data)!r}, expected a data set of the Hub, or a folder or file of parquet: {reason}"
             ) from error
     elif isinstance(data, datasets.Dataset):
-        data = data.to_iterable_dataset(num_shards=min(part[1], max(1, len(data))))
+        data = data.to_iterable_dataset(num_shards=min(shard[1], max(1, len(data))))
     data = data.decode(False)
-    if data.num_shards >= part[1]:
+    if data.num_shards >= shard[1]:
         # Whole files each: otherwise every part would read all of them.
-        return _rows(data.shard(num_shards=part[1], index=part[0]))
-    return part_of(_rows(data), part)
+        return _rows(data.shard(num_shards=shard[1], index=shard[0]))
+    return shard_of(_rows(data), shard)
 
 
 def _rows(data: datasets.IterableDataset) -> Iterator[dict[str, Any]]:

@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ...errors import UserError
+from ...errors import UserError, one_of
 from ..masks import MaskRLE
-from ..rejects import LeftOut, Unusable, reported
+from ..rejects import Rejects, Unusable, reported
 from ..schema import Sample
 from .chats import REGION_REQUEST, Phrase, line, statements
 from .geometry import segmentation_mask
 from .images import ImageFolder, open_image, require_size
 from .index import Index, identity
-from .records import CocoFile, Table, existing_file, part_of, read_coco, read_table
+from .records import CocoFile, Table, existing_file, read_coco, read_table, shard_of
 
 
 _LACKING = "instances lack its image or annotation"
@@ -30,8 +30,8 @@ def refcoco(
     *,
     request: str = REGION_REQUEST,
     allow_outside: bool = False,
-    part: tuple[int, int] = (0, 1),
-    left_out: LeftOut | None = None,
+    shard: tuple[int, int] = (0, 1),
+    rejects: Rejects | None = None,
 ) -> Iterator[Sample]:
     """A sample for each object, in which each of its expressions answers `request` and is grounded in its mask.
 
@@ -48,20 +48,20 @@ def refcoco(
     """
     folder = ImageFolder(images, "images", allow_outside)
     everything = _unpickled(existing_file(refs, "refs"))
-    with reported(left_out, "refcoco") as left_out:
-        index: Index[dict[str, Any]] = Index("reference", left_out)
+    with reported(rejects, "refcoco") as rejects:
+        index: Index[dict[str, Any]] = Index("reference", rejects)
         for number, ref in enumerate(everything):
-            if (ref := left_out.attempt(f"ref {number}", _checked, ref)) is not None:
+            if (ref := rejects.attempt(f"ref {number}", _checked, ref)) is not None:
                 index.add(ref["ref_id"], ref)
         usable = [ref for _, ref in index.items()]
         if split not in (splits := {ref["split"] for ref in usable}):
-            raise UserError(f"split must be one of {sorted(splits)}, got {split!r}.")
-        chosen = list(part_of((ref for ref in usable if ref["split"] == split), part))
-        file = read_coco(instances, "instances", left_out, {ref["image_id"] for ref in chosen})
+            raise UserError(f"split: got {split!r}, expected {one_of(split, sorted(splits))}.")
+        chosen = list(shard_of((ref for ref in usable if ref["split"] == split), shard))
+        file = read_coco(instances, "instances", rejects, {ref["image_id"] for ref in chosen})
         for ref in chosen:
             name = f"refcoco/{ref['ref_id']}"
             if (
-                sample := left_out.attempt(name, _indexed_sample, name, ref, file, folder, request, left_out)
+                sample := rejects.attempt(name, _indexed_sample, name, ref, file, folder, request, rejects)
             ) is not None:
                 yield sample
 
@@ -74,8 +74,8 @@ def refcoco_hub(
     *,
     request: str = REGION_REQUEST,
     allow_outside: bool = False,
-    part: tuple[int, int] = (0, 1),
-    left_out: LeftOut | None = None,
+    shard: tuple[int, int] = (0, 1),
+    rejects: Rejects | None = None,
 ) -> Iterator[Sample]:
     """The same from the tables `jxu124/refcoco`, `jxu124/refcocoplus` and `jxu124/refcocog` of the Hub.
 
@@ -85,11 +85,11 @@ def refcoco_hub(
         allow_outside: see `ImageFolder`.
     """
     folder = ImageFolder(images, "images", allow_outside)
-    with reported(left_out, "refcoco_hub") as left_out:
-        seen: Index[None] = Index("reference", left_out)
-        for number, row in enumerate(read_table(data, "data", part, subset, split)):
+    with reported(rejects, "refcoco_hub") as rejects:
+        seen: Index[None] = Index("reference", rejects)
+        for number, row in enumerate(read_table(data, "data", shard, subset, split)):
             name = f"refcoco/{row.get('ref_id', number)}"
-            sample = left_out.attempt(name, _row_sample, name, row, folder, request, left_out)
+            sample = rejects.attempt(name, _row_sample, name, row, folder, request, rejects)
             if sample is not None and seen.add(row.get("ref_id", f"row {number}"), None):
                 yield sample
 
@@ -109,16 +109,16 @@ def _checked(ref: dict[str, Any]) -> dict[str, Any]:
 
 
 def _indexed_sample(
-    name: str, ref: dict[str, Any], file: CocoFile, folder: ImageFolder, request: str, left_out: LeftOut
+    name: str, ref: dict[str, Any], file: CocoFile, folder: ImageFolder, request: str, rejects: Rejects
 ) -> Sample:
     annotations = file.annotations.get(ref["image_id"], ())
     if ref["image_id"] not in file.images or ref["ann_id"] not in annotations:
         raise Unusable(_LACKING)
-    arguments = file.images.get(ref["image_id"]), annotations.get(ref["ann_id"]), folder, request, left_out
+    arguments = file.images.get(ref["image_id"]), annotations.get(ref["ann_id"]), folder, request, rejects
     return _sample(name, ref, *arguments)
 
 
-def _row_sample(name: str, row: dict[str, Any], folder: ImageFolder, request: str, left_out: LeftOut) -> Sample:
+def _row_sample(name: str, row: dict[str, Any], folder: ImageFolder, request: str, rejects: Rejects) -> Sample:
     if row.get("ref_id") is not None:
         identity(row["ref_id"])
     described, annotation = (_decoded(row[key]) for key in ("raw_image_info", "raw_anns"))
@@ -132,7 +132,7 @@ def _row_sample(name: str, row: dict[str, Any], folder: ImageFolder, request: st
     for one, key, other, same in pairs:
         if key in one and same in other and identity(one[key]) != identity(other[same]):
             raise Unusable("identifiers of the record do not agree")
-    return _sample(name, row, described, annotation, folder, request, left_out)
+    return _sample(name, row, described, annotation, folder, request, rejects)
 
 
 def _decoded(value: Any) -> Any:
@@ -146,14 +146,14 @@ def _sample(
     annotation: dict[str, Any],
     folder: ImageFolder,
     request: str,
-    left_out: LeftOut,
+    rejects: Rejects,
 ) -> Sample:
     size = described["width"], described["height"]
     # The name in the reference itself carries the annotation's number and is no file.
     image = open_image(folder.find(image_names(described["file_name"])))
     require_size(image, *size)
     mask = segmentation_mask(annotation["segmentation"], *size)
-    said = (left_out.attempt(f"expression of {name}", _said, sentence, mask) for sentence in ref["sentences"])
+    said = (rejects.attempt(f"expression of {name}", _said, sentence, mask) for sentence in ref["sentences"])
     return statements(name, image, request, (each for each in said if each is not None))
 
 
@@ -176,7 +176,7 @@ def _unpickled(path: Path) -> list[Any]:
             refs = _PlainUnpickler(stream, encoding="utf-8", errors="replace").load()
         # Damaged pickles raise nearly anything.
         except Exception as error:
-            raise UserError(f"refs must be a pickle of plain data, got {str(path)!r}: {error}.") from None
+            raise UserError(f"refs: got {str(path)!r}, expected a pickle of plain data: {error}.") from None
     if not isinstance(refs, list):
-        raise UserError(f"refs must hold a list, got {str(path)!r} with a {type(refs).__name__}.")
+        raise UserError(f"refs: got {str(path)!r} with a {type(refs).__name__}, expected a list.")
     return refs

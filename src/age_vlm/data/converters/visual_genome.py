@@ -7,13 +7,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..rejects import LeftOut, Unusable, reported
+from ..rejects import Rejects, Unusable, reported
 from ..schema import Sample, upright_size
 from .chats import REGION_REQUEST, Phrase, line, statements
 from .geometry import clipped_box
 from .images import ImageFolder, open_image
 from .index import Index, identity
-from .records import part_of, read_json
+from .records import read_json, shard_of
 
 
 _FOLDERS = ("", "VG_100K/", "VG_100K_2/", "images/", "images2/")
@@ -26,8 +26,8 @@ def visual_genome(
     request: str = REGION_REQUEST,
     per_image: int | None = None,
     allow_outside: bool = False,
-    part: tuple[int, int] = (0, 1),
-    left_out: LeftOut | None = None,
+    shard: tuple[int, int] = (0, 1),
+    rejects: Rejects | None = None,
 ) -> Iterator[Sample]:
     """A sample for each image, in which each region description answers `request`, with a box and no mask yet.
 
@@ -40,12 +40,12 @@ def visual_genome(
     Source: https://homes.cs.washington.edu/~ranjay/visualgenome/api_readme.html
     """
     folder = ImageFolder(images, "images", allow_outside)
-    records = part_of((record for _, record in read_json(regions, "regions")), part)
-    with reported(left_out, "visual_genome") as left_out:
-        seen: Index[None] = Index("image", left_out)
+    records = shard_of((record for _, record in read_json(regions, "regions")), shard)
+    with reported(rejects, "visual_genome") as rejects:
+        seen: Index[None] = Index("image", rejects)
         for number, record in enumerate(records):
-            name = f"record {part[0] + number * part[1]}"
-            sample = left_out.attempt(name, _sample, record, folder, request, per_image, left_out)
+            name = f"record {shard[0] + number * shard[1]}"
+            sample = rejects.attempt(name, _sample, record, folder, request, per_image, rejects)
             if sample is not None and seen.add(_number(record), None):
                 yield sample
 
@@ -59,12 +59,12 @@ def _number(record: dict[str, Any]) -> str:
 
 
 def _sample(
-    record: dict[str, Any], folder: ImageFolder, request: str, per_image: int | None, left_out: LeftOut
+    record: dict[str, Any], folder: ImageFolder, request: str, per_image: int | None, rejects: Rejects
 ) -> Sample:
     number = _number(record)
-    image = open_image(folder.find(f"{place}{number}.jpg" for place in _FOLDERS))
+    image = open_image(folder.find(f"{folder_name}{number}.jpg" for folder_name in _FOLDERS))
     size = upright_size(image)
-    said = (left_out.attempt(f"region of {number}", _region, region, number, size) for region in record["regions"])
+    said = (rejects.attempt(f"region of {number}", _region, region, number, size) for region in record["regions"])
     usable = (region for region in said if region is not None)
     return statements(f"visual_genome/{number}", image, request, islice(usable, per_image))
 
