@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from transformers import Cache
+from transformers import Cache, LlamaForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from ..configuration.configuration_agevlm import AgeVlmConfig
 from .attention_maps_agevlm import check_queries, mean_attention
-from .backbones_agevlm import model_from_backbones
+from .backbones_agevlm import BackboneFiles, model_from_backbones
 from .cache_agevlm import check_cache
 from .compat_agevlm import accepts_old_cache_name
 from .cross_attention_agevlm import AgeVlmTextModel, unseen_images
@@ -367,27 +367,36 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, AgeVlmGenerationMixi
     @classmethod
     def from_backbones(
         cls,
-        text: str | os.PathLike,
-        vision: str | os.PathLike,
+        text: str | os.PathLike | LlamaForCausalLM,
+        vision: str | os.PathLike | PreTrainedModel,
         *,
-        image_token_id: int | None = None,
+        processor=None,
+        image_token: str | None = None,
         dtype: torch.dtype | str | None = None,
+        gguf_file: str | None = None,
+        text_revision: str | None = None,
+        vision_revision: str | None = None,
         **config_overrides,
     ) -> "AgeVlmForConditionalGeneration":
         """A new AGE-VLM from a pretrained language model and a pretrained vision encoder, their weights unchanged.
 
         Args:
-            text: Hub id or folder of a `LlamaForCausalLM`.
-            vision: Hub id or folder of a vision encoder, timm's own among them.
-            image_token_id: token that stands for an image. When left out: the first reserved special token of the
-                tokenizer beside `text`.
+            text: Hub id or folder of a `LlamaForCausalLM`, or one that is loaded.
+            vision: Hub id or folder of a vision encoder, timm's own among them, or one that is loaded.
+            processor: the [`AgeVlmProcessor`] to go with, which says what token stands for an image and what ends an answer.
+                When left out: what `AgeVlmProcessor.from_backbones` makes of the same arguments.
+            image_token: see `AgeVlmProcessor.from_backbones`. The embedding of a new token starts at the mean of all others.
             dtype: of the whole model, that of the language model's file when left out.
+            gguf_file: name of the GGUF file in `text`; its weights are dequantised.
+            text_revision, vision_revision: branch, tag or commit on the Hub.
             config_overrides: fields of [`AgeVlmConfig`], `cross_attention_layers` for example.
 
         Raises:
-            ValueError: one sentence, for a folder that is not there, a gated repository, or another kind of model.
+            ValueError: one sentence, for a folder that is not there, a gated repository, a model that is quantised, or
+                another kind of model.
         """
-        return model_from_backbones(cls, text, vision, image_token_id, dtype, config_overrides)
+        files = BackboneFiles(text, vision, gguf_file, text_revision, vision_revision)
+        return model_from_backbones(cls, files, processor, image_token, dtype, config_overrides)
 
 
 __all__ = ["AgeVlmForConditionalGeneration", "AgeVlmModel", "AgeVlmPreTrainedModel"]

@@ -4,40 +4,48 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 
-# Llama 3's own format; one token stands for an image where the message has it.
-CHAT_TEMPLATE = """\
+# For tokenizers without a template of their own: Llama 3's format where its tokens are known, else ordinary text.
+LLAMA_3_TEMPLATE = """\
 {{- bos_token }}
 {%- for message in messages %}
 {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
 {%- if message['role'] == 'assistant' %}
-{%- generation %}
-{%- if message['content'] is string %}{{- message['content'] }}
-{%- else %}{%- for part in message['content'] %}{%- if part['type'] == 'text' %}{{- part['text'] }}{%- endif %}{%- endfor %}
-{%- endif %}
-{{- '<|eot_id|>' }}
-{%- endgeneration %}
+{%- generation %}{{- message['content'] + '<|eot_id|>' }}{%- endgeneration %}
 {%- else %}
-{%- if message['content'] is string %}{{- message['content'] }}
-{%- else %}{%- for part in message['content'] %}
-{%- if part['type'] == 'image' %}{{- '%IMAGE%' }}{%- elif part['type'] == 'text' %}{{- part['text'] }}{%- endif %}
-{%- endfor %}
-{%- endif %}
-{{- '<|eot_id|>' }}
+{{- message['content'] + '<|eot_id|>' }}
 {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}
 """
+PLAIN_TEMPLATE = """\
+{{- bos_token }}
+{%- for message in messages %}
+{{- message['role'] | capitalize + ':' }}
+{%- if message['role'] == 'assistant' %}
+{%- generation %}{{- ' ' + message['content'] + eos_token }}{%- endgeneration %}
+{%- else %}
+{{- ' ' + message['content'] }}
+{%- endif %}
+{{- '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- 'Assistant:' }}{%- endif %}
+"""
 
 # Before a template that takes messages of plain text: their parts become one text, the image token where an image is.
+# `messages` is set again, so the template itself stays as it is. Only what Jinja, its sandbox in transformers and vLLM, and
+# minijinja in TGI all have.
 _PARTS_TO_TEXT = """\
 {%- set flat = namespace(messages=[], text='') %}\
 {%- for message in messages %}\
-{%- if message['content'] is string or message['content'] is not iterable %}\
+{%- if message['content'] is not defined or message['content'] is string or message['content'] is not iterable %}\
 {%- set flat.messages = flat.messages + [message] %}\
 {%- else %}\
 {%- set flat.text = '' %}\
 {%- for part in message['content'] %}\
-{%- set flat.text = flat.text + ('%IMAGE%' if part['type'] == 'image' else part['text'] or '') %}\
+{%- if part['type'] == 'image' or part['type'] == 'image_url' %}{%- set flat.text = flat.text + '%IMAGE%' %}\
+{%- elif part['type'] == 'text' %}{%- set flat.text = flat.text + (part['text'] or '') %}\
+{%- else %}{{- raise_exception('content: got ' + part['type'] + ', expected text or image.') }}\
+{%- endif %}\
 {%- endfor %}\
 {%- set flat.messages = flat.messages + [dict(message, content=flat.text)] %}\
 {%- endif %}\
@@ -54,31 +62,51 @@ class AssistantTurn:
         start: text between the end of the prompt for an answer and the answer, a blank for example; mostly empty.
         end: text after the answer, to its first token that is none of ordinary text, or its last visible character.
         end_token_id: the token at which generation stops; None where `end` is several tokens of ordinary text.
+        keeps_blanks: whether blanks around an answer stay; many templates trim messages.
     """
 
     start: str
     end: str
     end_token_id: int | None
+    keeps_blanks: bool
+
+
+def default_template(tokenizer) -> str | dict[str, str]:
+    """The tokenizer's own chat template, or templates by name; one of ours where it has none."""
+    if tokenizer.chat_template:
+        return tokenizer.chat_template
+    return LLAMA_3_TEMPLATE if "<|eot_id|>" in tokenizer.get_vocab() else PLAIN_TEMPLATE
 
 
 def template_with_images(tokenizer, chat_template: str, image_token: str) -> str:
-    """The template itself where it takes messages made of parts; else one that puts `image_token` where an image is."""
-    try:
-        rendered = _render(tokenizer, chat_template, [_message("user", _QUESTION)])
-        if "'text'" not in rendered:
+    """The template itself where it puts `image_token` where an image is; else a template that does, and then goes on as the
+    template does for messages of plain text.
+
+    Raises:
+        ValueError: one sentence, for a template that leaves images out.
+    """
+    parts = [{"type": "image"}, {"type": "text", "text": _QUESTION}]
+    rendered = None
+    for candidate in (chat_template, _PARTS_TO_TEXT.replace("%IMAGE%", image_token) + chat_template):
+        try:
+            rendered = _render(tokenizer, candidate, [{"role": "user", "content": parts}])
+        except ImportError:  # without Jinja nothing can be rendered, now or later
             return chat_template
-    except ImportError:  # without Jinja nothing can be rendered, now or later
-        return chat_template
-    except Exception:  # a template for text alone fails in its own way, as it may add parts to a text
-        pass
-    return _PARTS_TO_TEXT.replace("%IMAGE%", image_token) + chat_template
+        except Exception:  # a template for text alone fails in its own way, as it may add parts to a text
+            continue
+        # A template that prints a list shows the names of its keys.
+        if rendered.count(image_token) == 1 and "'type'" not in rendered:
+            return candidate
+    if rendered is not None:
+        raise ValueError(f"chat_template: leaves images out, expected one that puts '{image_token}' where an image is.")
+    return candidate
 
 
 def assistant_turn(tokenizer, chat_template: str | dict[str, str]) -> AssistantTurn:
     """What begins and ends an answer, found by rendering chats that differ around it.
 
     Args:
-        chat_template: of several, by name, the default one counts.
+        chat_template: that of a processor; of several, by name, the default one counts.
 
     Raises:
         ValueError: one sentence, for a template or tokenizer that does not end an answer.
@@ -87,17 +115,16 @@ def assistant_turn(tokenizer, chat_template: str | dict[str, str]) -> AssistantT
         chat_template = chat_template.get("default")
     if not isinstance(chat_template, str):
         raise ValueError(f"chat_template: got a {type(chat_template).__name__}, expected the text of a Jinja template.")
-    template = template_with_images(tokenizer, chat_template, "")
     asked = [_message("user", _QUESTION)]
     answered = [*asked, _message("assistant", _ANSWER)]
     try:
-        before, found, last = _render(tokenizer, template, answered).partition(_ANSWER)
+        before, found, last = _render(tokenizer, chat_template, answered).partition(_ANSWER)
     except Exception as error:  # templates raise what they like
         raise ValueError(f"chat_template: got {error!r} for a question and its answer, expected their text.") from error
     if not found:
         raise ValueError("chat_template: changes the text of messages, expected one that keeps it.")
     try:
-        followed = _render(tokenizer, template, answered + asked).partition(_ANSWER)[2]
+        followed = _render(tokenizer, chat_template, answered + asked).partition(_ANSWER)[2]
     except Exception:  # its own way to say that it takes one question
         followed = last
     added = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
@@ -115,9 +142,12 @@ def assistant_turn(tokenizer, chat_template: str | dict[str, str]) -> AssistantT
     if not ids or (tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids):
         got = f"the end {end!r}, which the tokenizer does not know" if end else "nothing that ends an answer"
         raise ValueError(f"chat_template: got {got}, expected an end such as the tokenizer's eos_token.")
-    prompt = _render(tokenizer, template, asked, add_generation_prompt=True)
+    prompt = _render(tokenizer, chat_template, asked, add_generation_prompt=True)
     start = before.removeprefix(prompt) if before.startswith(prompt) else ""
-    return AssistantTurn(start, end, ids[-1] if ids[-1] in added or len(ids) == 1 else None)
+    blanks = f"\u2003{_ANSWER}\u2003"  # that no template writes
+    keeps_blanks = blanks in _render(tokenizer, chat_template, [*asked, _message("assistant", blanks)])
+    end_token_id = ids[-1] if ids[-1] in added or len(ids) == 1 else None
+    return AssistantTurn(start, end, end_token_id, keeps_blanks)
 
 
 def stop_at_end_of_turn(generation_config, tokenizer, chat_template: str) -> None:

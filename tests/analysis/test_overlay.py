@@ -42,11 +42,11 @@ def test_map_may_come_from_a_graph(dtype):
 @pytest.mark.parametrize(
     ("attention", "options", "message"),
     [
-        (torch.ones(4), {}, r"\(h, w\), got \(4,\)"),
+        (torch.ones(4), {}, r"got \(4,\), expected \(h, w\)"),
         (torch.ones(0, 3), {}, r"got \(0, 3\)"),
         (-torch.ones(2, 2), {}, "non-negative"),
         (torch.full((2, 2), float("nan")), {}, "finite"),
-        (torch.ones(2, 2), {"alpha": 1.5}, r"\[0, 1\], got 1.5"),
+        (torch.ones(2, 2), {"alpha": 1.5}, r"got 1.5, expected a number in \[0, 1\]"),
         (torch.ones(2, 2), {"colormap": "heat"}, "'heat'"),
     ],
 )

@@ -134,7 +134,7 @@ def test_a_model_from_parts_names_them_and_their_licences(built, backbones, tmp_
     for model in (built, AgeVlmForConditionalGeneration.from_pretrained(saved)):
         card = ModelCard(components_card(model))
         assert card.data.pipeline_tag == "image-text-to-text" and card.data.library_name == "transformers"
-        assert card.data.license == "other" and card.data.license_name == "that-of-its-parts"
+        assert card.data.license == "other" and card.data.license_name == "that-of-its-components"
         assert card.data.base_model is None, "a folder is no model of the Hub"
         assert "| language model | a local folder | llama3.2 |" in card.text
         assert "| vision encoder | a local folder | apache-2.0 |" in card.text

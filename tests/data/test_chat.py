@@ -182,8 +182,7 @@ def test_text_content_may_be_plain(processor):
 def test_a_template_may_leave_a_message_out(tokenizer):
     template = (
         "{% for message in messages %}{% if message['role'] != 'system' %}[{{ message['role'] }}]"
-        "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
-        "<|eot_id|>{% endif %}{% endfor %}"
+        "{{ message['content'] }}<|eot_id|>{% endif %}{% endfor %}"
     )
     processor = AgeVlmProcessor(whole_image_processor(32), tokenizer, chat_template=template)
     messages = [{"role": "system", "content": [{"type": "text", "text": "a zebra"}]}, *CHAT[2:]]
@@ -194,18 +193,32 @@ def test_a_template_may_leave_a_message_out(tokenizer):
 
 
 def test_a_template_that_changes_the_text_is_refused(tokenizer):
-    template = "{% for message in messages %}{{ message['content'][0]['text'] | CHANGE }}<|eot_id|>{% endfor %}"
-    for change in ("upper", "trim"):
+    template = "{% for message in messages %}{{ message['content'] | CHANGE }}<|eot_id|>{% endfor %}"
+    for change in ("replace('zebra', 'ZEBRA')", "replace(' z', 'z')"):
         changed = template.replace("CHANGE", change)
         processor = AgeVlmProcessor(whole_image_processor(32), tokenizer, chat_template=changed)
         with pytest.raises(ValueError, match="^chat_template: changes the text"):
             ChatEncoder(processor)([user_message(" a zebra ")])
 
 
+def test_blanks_around_texts_are_kept_or_trimmed_as_the_template_does(tokenizer):
+    messages = [user_message(" a zebra \n", images=1), assistant_message("\tyes, a zebra  ")]
+    for filter, said in (("", "\tyes, a zebra  <|eot_id|>"), (" | trim", "yes, a zebra<|eot_id|>")):
+        template = (
+            "{% for message in messages %}[{{ message['role'] }}]\t{{ message['content']FILTER }}<|eot_id|>{% endfor %}"
+            "{% if add_generation_prompt %}[assistant]\t{% endif %}"
+        ).replace("FILTER", filter)
+        processor = AgeVlmProcessor(whole_image_processor(32), tokenizer, chat_template=template)
+        chat = ChatEncoder(processor)(messages)
+        assert phrase(processor, chat, 0, 3, 8) == phrase(processor, chat, 1, 8, 13) == "zebra"
+        learned = [label for label in chat.labels if label != -100]
+        assert processor.tokenizer.decode(learned, clean_up_tokenization_spaces=False) == said
+
+
 def test_an_answer_that_ends_in_another_way_is_refused(tokenizer):
     other = "and so on, for as long as it takes"
     template = (
-        "{% for message in messages %}{% set text = message['content'][0]['text'] %}[{{ message['role'] }}]{{ text }}"
+        "{% for message in messages %}{% set text = message['content'] %}[{{ message['role'] }}]{{ text }}"
         "{{ 'OTHER' if 'zebra' in text else '<|eot_id|>' }}{% endfor %}"
     ).replace("OTHER", other)
     processor = AgeVlmProcessor(whole_image_processor(32), tokenizer, chat_template=template)

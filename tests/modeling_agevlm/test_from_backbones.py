@@ -266,19 +266,85 @@ def test_another_kind_of_language_model_is_one_sentence(tmp_path):
         AgeVlmForConditionalGeneration.from_backbones(tmp_path / "text", tmp_path / "vision")
 
 
-def test_a_tokenizer_without_reserved_tokens_wants_one_named(llama, tmp_path, tokenizer):
+@pytest.fixture
+def without_reserved(llama, tmp_path):
+    """Folders of a language model whose tokenizer has no reserved special tokens, and of a vision encoder."""
     timm_wrapper(tmp_path / "vision")
-    LlamaForCausalLM(LlamaConfig(**TEXT)).save_pretrained(tmp_path / "text")
-    saved = (llama / "tokenizer.json").read_text().replace("<|reserved_special_token_0|>", "<|other|>")
-    for file in llama.glob("token*"):
-        (tmp_path / "text" / file.name).write_text(saved if file.name == "tokenizer.json" else file.read_text())
-    with pytest.raises(ValueError, match="image_token_id: .*reserved_special_token"):
-        AgeVlmForConditionalGeneration.from_backbones(tmp_path / "text", tmp_path / "vision")
-    with pytest.raises(ValueError, match="reserved_special_token"):
-        AgeVlmProcessor.from_backbones(tmp_path / "text", tmp_path / "vision")
-    model = AgeVlmForConditionalGeneration.from_backbones(tmp_path / "text", tmp_path / "vision", image_token_id=2)
-    processor = AgeVlmProcessor.from_backbones(tmp_path / "text", tmp_path / "vision", image_token="<|other|>")
-    assert processor.image_token_id == model.config.image_token_id
+    shutil.copytree(llama, tmp_path / "text")
+    file = tmp_path / "text" / "tokenizer.json"
+    file.write_text(file.read_text().replace("<|reserved_special_token_0|>", "<|other|>"))
+    config = json.loads((llama / "config.json").read_text())
+    LlamaForCausalLM(LlamaConfig(**{**config, "vocab_size": 263})).save_pretrained(tmp_path / "text")
+    return {"text": tmp_path / "text", "vision": tmp_path / "vision"}
+
+
+def test_an_image_token_of_the_vocabulary(without_reserved):
+    model, processor = (
+        made.from_backbones(**without_reserved, image_token="<|other|>")
+        for made in (AgeVlmForConditionalGeneration, AgeVlmProcessor)
+    )
+    assert processor.image_token_id == model.config.image_token_id == 2
+    assert model.config.text_config.vocab_size == 263
+    for made in (AgeVlmForConditionalGeneration, AgeVlmProcessor):
+        with pytest.raises(ValueError, match=r"^image_token: got '<none>', which is not in the tokenizer's vocabulary"):
+            made.from_backbones(**without_reserved, image_token="<none>")
+
+
+@torch.no_grad()
+def test_a_new_image_token_changes_no_logit_of_the_others(without_reserved):
+    plain = LlamaForCausalLM.from_pretrained(without_reserved["text"]).eval()
+    model, processor = (
+        made.from_backbones(**without_reserved) for made in (AgeVlmForConditionalGeneration, AgeVlmProcessor)
+    )
+    assert processor.image_token == "<image>" and processor.image_token_id == model.config.image_token_id == 263
+    ids = torch.randint(6, 260, (2, 9), generator=torch.Generator().manual_seed(0))
+    logits = model(input_ids=ids).logits
+    assert logits.shape[-1] == model.config.text_config.vocab_size == 264
+    assert torch.equal(logits[..., :263], plain(input_ids=ids).logits)
+    table = model.get_input_embeddings().weight
+    torch.testing.assert_close(table[263], table[:263].mean(0))
+
+
+def test_a_new_image_token_is_saved_and_loaded(without_reserved, tmp_path):
+    model, processor = (
+        made.from_backbones(**without_reserved) for made in (AgeVlmForConditionalGeneration, AgeVlmProcessor)
+    )
+    processor.save_pretrained(tmp_path / "saved")
+    model.save_pretrained(tmp_path / "saved")
+    again = AgeVlmProcessor.from_pretrained(tmp_path / "saved")
+    assert (again.image_token, again.image_token_id) == ("<image>", 263)
+    assert torch.equal(
+        AgeVlmForConditionalGeneration.from_pretrained(tmp_path / "saved").get_input_embeddings().weight,
+        model.get_input_embeddings().weight,
+    )
+
+
+@torch.no_grad()
+def test_components_may_be_loaded_already(llama, tmp_path):
+    timm_wrapper(tmp_path / "vision")
+    expected = AgeVlmForConditionalGeneration.from_backbones(llama, tmp_path / "vision")
+    text, vision = LlamaForCausalLM.from_pretrained(llama), AutoModel.from_pretrained(tmp_path / "vision")
+    kept = {name: value.clone() for name, value in vision.state_dict().items()}
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    processor = AgeVlmProcessor.from_backbones(tokenizer, tmp_path / "vision")
+    for options in ({}, {"processor": processor}):
+        model = AgeVlmForConditionalGeneration.from_backbones(text, vision, **options)
+        assert model.config.image_token_id == expected.config.image_token_id
+        assert model.generation_config.eos_token_id == expected.generation_config.eos_token_id
+        states = model.state_dict()
+        assert all(
+            torch.equal(states[name], value)
+            for name, value in expected.state_dict().items()
+            if ".cross_attention." not in name and "multi_modal_projector" not in name
+        )
+    assert all(torch.equal(kept[name], value) for name, value in vision.state_dict().items())
+    assert AgeVlmForConditionalGeneration.from_backbones(text, vision, dtype="bfloat16").dtype == torch.bfloat16
+    assert text.dtype == vision.dtype == torch.float32, "what is given stays as it is"
+    with pytest.raises(ValueError, match="^text: '.*' is a 'timm_wrapper' model, expected a Llama"):
+        AgeVlmForConditionalGeneration.from_backbones(vision, vision)
+    text.lm_head.weight = torch.nn.Parameter(text.lm_head.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match="^text: '.*' is quantised, expected floating point weights"):
+        AgeVlmForConditionalGeneration.from_backbones(text, vision)
 
 
 @pytest.mark.parametrize("eos, expected", [(None, [5]), (1, [1, 5]), (5, 5), ([1, 5], [1, 5])])

@@ -1,5 +1,7 @@
 """Published chat templates: images in them, what ends an answer, and generation that stops there."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,49 +17,19 @@ from age_vlm.processing import AgeVlmProcessor, whole_image_processor
 from age_vlm.processing.chat_agevlm import assistant_turn, stop_at_end_of_turn
 
 
-LLAMA_3 = (
-    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
-    "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
-    "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
-)
-LLAMA_3_PROMPT = "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
-LLAMA_2 = (
-    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set system_message = "
-    "messages[0]['content'] %}{% else %}{% set loop_messages = messages %}{% set system_message = false %}{% endif %}"
-    "{% for message in loop_messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-    "{% if loop.index0 == 0 and system_message != false %}{% set content = '<<SYS>>\n' + system_message + "
-    "'\n<</SYS>>\n\n' + message['content'] %}{% else %}{% set content = message['content'] %}{% endif %}"
-    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
-    "{% elif message['role'] == 'assistant' %}{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
-)
-SMOLLM_2 = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are "
-    "a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + "
-    "message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}"
-    "{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-ZEPHYR = (
-    "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + eos_token }}"
-    "\n{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + message['content'] + eos_token }}\n{% elif "
-    "message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n"
-    "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
-)
+TEMPLATES = Path(__file__).parents[1] / "fixtures" / "chat_templates"
+SMOLLM_2 = (TEMPLATES / "smollm2.jinja").read_text()
 ORDINARY = (
     "{% for message in messages %}### {{ message['role'] }}: {{ message['content'] }}\n### End\n{% endfor %}"
     "{% if add_generation_prompt %}### assistant: {% endif %}"
 )
 # Name -> template, what ends an answer, the token that does.
 PUBLISHED = {
-    "Llama 3": (
-        LLAMA_3 + "{% if add_generation_prompt %}" + LLAMA_3_PROMPT + "{% endif %}",
-        "<|eot_id|>",
-        "<|eot_id|>",
-    ),
-    "Llama 3, first": (LLAMA_3 + LLAMA_3_PROMPT, "<|eot_id|>", "<|eot_id|>"),
-    "Llama 2": (LLAMA_2, " </s>", "</s>"),
+    "Llama 3": ((TEMPLATES / "llama_3.jinja").read_text(), "<|eot_id|>", "<|eot_id|>"),
+    "Llama 3, first": ((TEMPLATES / "llama_3_first.jinja").read_text(), "<|eot_id|>", "<|eot_id|>"),
+    "Llama 2": ((TEMPLATES / "llama_2.jinja").read_text(), " </s>", "</s>"),
     "SmolLM2": (SMOLLM_2, "<|im_end|>", "<|im_end|>"),
-    "Zephyr": (ZEPHYR, "</s>", "</s>"),
+    "TinyLlama": ((TEMPLATES / "tinyllama.jinja").read_text(), "</s>", "</s>"),
     "ordinary text": (ORDINARY, "\n### End", None),
 }
 SPECIAL = [
@@ -216,8 +188,10 @@ def test_generation_stops_at_one_token_of_ordinary_text():
 @settings(max_examples=60, deadline=None)
 def test_any_text_may_end_an_answer(parts, as_parts):
     end = "".join(parts)
-    content = "message['content'][-1]['text']" if as_parts else "message['content']"
-    template = "{% for message in messages %}<|im_start|>{{ " + content + " }}{{ END }}{% endfor %}"
+    content = "{{ message['content'] }}"
+    if as_parts:
+        content = "{% for part in message['content'] %}{{ part.get('text', '<image>') }}{% endfor %}"
+    template = "{% for message in messages %}<|im_start|>" + content + "{{ END }}{% endfor %}"
     template += "{% if add_generation_prompt %}<|im_start|>{% endif %}"
     processor = processor_of(template.replace("END", repr(end)))
     chat = [user_message("what?"), assistant_message("a cat"), user_message("sure?"), assistant_message("yes")]

@@ -3,8 +3,13 @@
 import os
 
 
+NEW_IMAGE_TOKEN = "<image>"
+
+
 def load_component(argument: str, name: str | os.PathLike, auto_class, **kwargs):
-    """`auto_class.from_pretrained`, whose failure is one ValueError that says what to do about `argument`."""
+    """`auto_class.from_pretrained`, whose failure is one ValueError that says what to do about `argument`; keywords that are
+    None are left out."""
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
     try:
         return auto_class.from_pretrained(name, **kwargs)
     except Exception as error:
@@ -17,20 +22,27 @@ def load_component(argument: str, name: str | os.PathLike, auto_class, **kwargs)
         ) from error
 
 
-def reserved_image_token(tokenizer) -> tuple[str, int]:
-    """The first reserved special token of a Llama 3 tokenizer, as text and id: the vocabulary does not grow.
+def add_image_token(tokenizer, image_token: str | None = None) -> tuple[str, int]:
+    """The token that stands for an image, as text and id: `image_token`, else the first reserved special token, as Llama 3's
+    tokenizers have, else `<image>`, which is added to the tokenizer where it is new.
 
     Raises:
-        ValueError: if the tokenizer reserves none; name a token of its vocabulary then.
+        ValueError: one sentence, for an `image_token` that the tokenizer does not know.
     """
+    if image_token is not None:
+        index = tokenizer.convert_tokens_to_ids(image_token)
+        if index is None or index == tokenizer.unk_token_id:
+            raise ValueError(
+                f"image_token: got '{image_token}', which is not in the tokenizer's vocabulary, expected a token that is, or "
+                "none for a new one."
+            )
+        return image_token, index
     added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
     reserved = sorted((index, token) for token, index in added.items() if token.startswith("<|reserved_special_token_"))
-    if not reserved:
-        raise ValueError(
-            "image_token_id: the tokenizer has no `<|reserved_special_token_...|>`, expected the id of a token that stands "
-            "for an image."
-        )
-    return reserved[0][1], reserved[0][0]
+    if reserved:
+        return reserved[0][1], reserved[0][0]
+    tokenizer.add_tokens([NEW_IMAGE_TOKEN], special_tokens=True)
+    return NEW_IMAGE_TOKEN, tokenizer.convert_tokens_to_ids(NEW_IMAGE_TOKEN)
 
 
 def is_unreadable(error: Exception) -> bool:

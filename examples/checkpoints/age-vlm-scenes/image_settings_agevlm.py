@@ -18,22 +18,27 @@ def whole_image_processor(size: int | Sequence[int], **settings) -> CLIPImagePro
     return CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False, **settings)
 
 
-def encoder_image_processor(vision: str | os.PathLike, image_size: int | Sequence[int] | None = None):
+def encoder_image_processor(
+    vision: str | os.PathLike, image_size: int | Sequence[int] | None = None, revision: str | None = None
+):
     """An image processor that gives the encoder the colours that its own does, of the whole image.
 
     Args:
-        vision: Hub id or folder of the vision encoder.
+        vision: Hub id or folder of the vision encoder, or its image processor.
         image_size: a side or height and width in pixels, the encoder's own when left out.
+        revision: branch, tag or commit on the Hub.
 
     Raises:
         ValueError: one sentence, for an encoder that cannot be read, or whose image processor does something else to a
             image than resize it, crop it and map its colours.
     """
-    config = load_component("vision", vision, AutoConfig)
-    if config.model_type == "timm_wrapper":
-        # timm's own processor can neither be saved beside a model nor tell what it does to a mask.
-        return _timm_image_processor(getattr(config, "pretrained_cfg", None) or {}, image_size)
-    own = load_component("vision", vision, AutoImageProcessor)
+    own = vision
+    if isinstance(vision, (str, os.PathLike)):
+        config = load_component("vision", vision, AutoConfig, revision=revision)
+        if config.model_type == "timm_wrapper":
+            # timm's own processor can neither be saved beside a model nor tell what it does to a mask.
+            return _timm_image_processor(getattr(config, "pretrained_cfg", None) or {}, image_size)
+        own = load_component("vision", vision, AutoImageProcessor, revision=revision)
     names = ("resample", "rescale_factor", "image_mean", "image_std")
     settings = {name: getattr(own, name) for name in names if getattr(own, name, None) is not None}
     for name in ("do_rescale", "do_normalize"):
@@ -53,9 +58,9 @@ def encoder_image_processor(vision: str | os.PathLike, image_size: int | Sequenc
         cause = error
     else:
         cause = None
+    where = "" if own is vision else f" in '{vision}'"
     raise ValueError(
-        f"vision: got the image processor {type(own).__name__} in '{vision}', expected one that resizes, crops and maps "
-        "colours."
+        f"vision: got the image processor {type(own).__name__}{where}, expected one that resizes, crops and maps colours."
     ) from cause
 
 

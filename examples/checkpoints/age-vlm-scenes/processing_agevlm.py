@@ -1,5 +1,6 @@
 """Images and chat text -> what AGE-VLM takes: `pixel_values`, `input_ids`, `attention_mask`."""
 
+import copy
 import os
 from collections.abc import Iterator, Sequence
 
@@ -9,8 +10,8 @@ from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ProcessorMixin
 
 from .checkpoint_code_agevlm import AUTO_MAP, save_with_code
-from .backbone_files_agevlm import load_component, reserved_image_token
-from .chat_agevlm import CHAT_TEMPLATE, template_with_images
+from .backbone_files_agevlm import add_image_token, load_component
+from .chat_agevlm import default_template, template_with_images
 from .image_geometry_agevlm import ImageGeometry, image_geometry
 from .image_settings_agevlm import encoder_image_processor
 from .images_agevlm import load_rgb
@@ -26,8 +27,8 @@ class AgeVlmProcessor(ProcessorMixin):
         image_processor: any image processor of transformers that resizes to a size or a shortest edge, and may crop.
         tokenizer: of the language model.
         image_token (`str`): the token of the vocabulary that stands for one image.
-        chat_template (`str`, *optional*): Llama 3's format with images when left out. One that takes messages of plain
-            text alone gets the image token where an image is.
+        chat_template (`str` or `dict`, *optional*): the tokenizer's own when left out; Llama 3's format, or plain text, for
+            a tokenizer that has none. One for messages of plain text gets the image token where an image is.
 
     Calling it gives `pixel_values` (images, channels, height, width), `input_ids` and `attention_mask`
     (batch, length): nothing of text length besides, so whatever truncates or pads text can do so safely.
@@ -38,19 +39,16 @@ class AgeVlmProcessor(ProcessorMixin):
         image_processor=None,
         tokenizer=None,
         image_token: str = "<|reserved_special_token_0|>",
-        chat_template: str | None = None,
+        chat_template: str | dict[str, str] | None = None,
         **kwargs,
     ):
-        self.image_token = image_token
-        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
-        if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
-            raise ValueError(
-                f"image_token: '{image_token}' is not in the tokenizer's vocabulary, expected one that is."
-            )
-        chat_template = chat_template or CHAT_TEMPLATE.replace("%IMAGE%", image_token)
-        if isinstance(chat_template, str):
-            chat_template = template_with_images(tokenizer, chat_template, image_token)
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.image_token, self.image_token_id = add_image_token(tokenizer, image_token)
+        template = chat_template or default_template(tokenizer)
+        if isinstance(template, dict):
+            template = {name: template_with_images(tokenizer, each, image_token) for name, each in template.items()}
+        else:
+            template = template_with_images(tokenizer, template, image_token)
+        super().__init__(image_processor, tokenizer, chat_template=template)
 
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):
         images = _loaded(images)
@@ -143,21 +141,36 @@ class AgeVlmProcessor(ProcessorMixin):
         *,
         image_token: str | None = None,
         image_size: int | Sequence[int] | None = None,
+        chat_template: str | None = None,
+        gguf_file: str | None = None,
+        text_revision: str | None = None,
+        vision_revision: str | None = None,
     ) -> "AgeVlmProcessor":
         """The processor that goes with [`AgeVlmForConditionalGeneration.from_backbones`].
 
         Args:
-            text: Hub id or folder with the tokenizer.
+            text: Hub id or folder with the tokenizer, or a tokenizer.
             vision: Hub id or folder of the vision encoder; what its own image processor does to a colour, its resampling
                 and its size are taken.
-            image_token: token that stands for an image, the first reserved special one when left out.
+            image_token: token of the vocabulary that stands for an image. When left out: the first reserved special one of
+                a Llama 3, else a new one, `<image>`.
             image_size: of the model's input, a side or height and width in pixels, the encoder's own when left out.
+            chat_template: instead of the tokenizer's own.
+            gguf_file: name of the GGUF file in `text` that holds the tokenizer.
+            text_revision, vision_revision: branch, tag or commit on the Hub.
+
+        Raises:
+            ValueError: one sentence, for a component that cannot be loaded, or an `image_token` that is not known.
         """
-        tokenizer = load_component("text", text, AutoTokenizer)
+        if isinstance(text, (str, os.PathLike)):
+            tokenizer = load_component("text", text, AutoTokenizer, revision=text_revision, gguf_file=gguf_file)
+        else:
+            tokenizer = copy.deepcopy(text)  # it may get a new token
         return cls(
-            encoder_image_processor(vision, image_size),
+            encoder_image_processor(vision, image_size, vision_revision),
             tokenizer,
-            image_token=image_token or reserved_image_token(tokenizer)[0],
+            image_token=add_image_token(tokenizer, image_token)[0],
+            chat_template=chat_template,
         )
 
 

@@ -59,7 +59,7 @@ def _stretched(attention: Tensor, size: tuple[int, int]) -> np.ndarray:
     if attention.ndim != 2 or attention.numel() == 0:
         raise UserError(f"attention: got {tuple(attention.shape)}, expected (h, w).")
     if not (torch.isfinite(attention).all() and (attention >= 0).all()):
-        raise UserError("attention: got values that are negative or not finite, expected numbers from 0 on.")
+        raise UserError("attention: got values that are negative or not finite, expected non-negative numbers.")
     heat = F.interpolate(attention[None, None], size=size[::-1], mode="bilinear", align_corners=False)[0, 0]
     return (heat / heat.max().clamp(min=torch.finfo(heat.dtype).tiny)).numpy()
 

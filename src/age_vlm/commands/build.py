@@ -13,7 +13,7 @@ from ..hub import load_checkpoint
 from ..modeling_agevlm import AgeVlmForConditionalGeneration
 from ..modeling_agevlm.components_agevlm import component_of
 from ..processing import AgeVlmProcessor, whole_image_processor
-from ..processing.backbone_files_agevlm import reserved_image_token
+from ..processing.backbone_files_agevlm import add_image_token
 from .recipe import PREVIOUS, ModelRecipe, TrainingRecipe
 from .sources import DataSource
 
@@ -50,7 +50,7 @@ def _model_from_preset(
     if "image_token_id" in recipe.config:
         raise UserError("model.config.image_token_id: got one, expected none: the tokenizer is made with the model.")
     tokenizer = source.tokenizer
-    image_token, image_token_id = reserved_image_token(tokenizer)
+    image_token, image_token_id = add_image_token(tokenizer)
     config = preset_config(recipe.preset, image_token_id=image_token_id, **recipe.config)
     text = config.text_config
     text.vocab_size = len(tokenizer)

@@ -77,8 +77,11 @@ class ChatEncoder:
 
         def chat(mark: bool):
             # A numbered mark in front of every piece of text finds it again, whatever the chat template puts around it.
+            # Blanks stay outside of the marks, where a template that trims can reach them.
             def text(content):
-                return f"{first}{next(numbers)}{last}{content}{first}{last}" if mark else content
+                core = content.strip() or content
+                marked = f"{first}{next(numbers)}{last}{core}{first}{last}" if mark else core
+                return content.replace(core, marked, 1) if core else marked
 
             return [
                 {
@@ -98,8 +101,9 @@ class ChatEncoder:
             if mark[1]:
                 starts[int(mark[1])] = mark.start() - removed
             removed += len(mark[0])
+        cores = [content.strip() or content for content in texts]
         if re.sub(f"{first}\\d*{last}", "", marked) != rendered or any(
-            not rendered.startswith(texts[number], start) for number, start in starts.items()
+            not rendered.startswith(cores[number], start) for number, start in starts.items()
         ):
             raise UserError(
                 "chat_template: changes the text of messages, expected one that keeps it: phrases are found by it."
@@ -111,7 +115,12 @@ class ChatEncoder:
                 if kind != "text":
                     continue
                 if number in starts:  # a template may leave a system message out
-                    found.append((in_text, starts[number], len(content)))
+                    core = cores[number]
+                    blanks, start = content.index(core), starts[number]
+                    if self.turn.keeps_blanks and rendered.startswith(content, start - blanks):
+                        found.append((in_text, start - blanks, len(content)))
+                    else:
+                        found.append((in_text + blanks, start, len(core)))
                 in_text += len(content)
                 number += 1
             pieces.append(tuple(found))
