@@ -58,6 +58,8 @@ EXTRAS_REQUIRE = {
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6,<4",
         "hqq>=0.2.8,<1",
+        "minijinja>=2.5,<3",
+        "gguf>=0.10",
         "tensorboard>=2.18,<3",
         "setuptools>=77",
     ],

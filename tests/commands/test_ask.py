@@ -56,8 +56,9 @@ def test_maps_are_of_the_blocks_and_heads_that_were_aligned(make_model, processo
     torch.testing.assert_close(attention.flatten(), maps[1][0, 3], rtol=1e-4, atol=1e-5)
 
 
-def test_a_word_of_the_answer_has_the_map_of_the_query_that_has_read_it(make_model, processor, picture):
-    model = make_model()
+@pytest.mark.parametrize("answer_queries", ["read", "predict"])
+def test_a_word_of_the_answer_has_the_map_of_the_query_that_was_aligned(make_model, processor, picture, answer_queries):
+    model = make_model(alignment={"answer_queries": answer_queries})
     said = processor.tokenizer("dog in", add_special_tokens=False)["input_ids"]
     # Says the same whatever it sees, and is cut off.
     answers = iter([*said, said[0]])
@@ -68,7 +69,8 @@ def test_a_word_of_the_answer_has_the_map_of_the_query_that_has_read_it(make_mod
     assert answer.text == "dog in" and [word for word, _ in answer.words] == ["dog"]
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "is it"}]}
     text = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
-    inputs = processor(images=[picture], text=[text + "dog"], return_tensors="pt", add_special_tokens=False)
+    seen = text + ("dog" if answer_queries == "read" else "")
+    inputs = processor(images=[picture], text=[seen], return_tensors="pt", add_special_tokens=False)
     with torch.no_grad():
         expected = model.attention_maps(torch.tensor([[0, inputs["input_ids"].shape[1] - 1]]), **inputs)[0]
     torch.testing.assert_close(answer.words[0][1], expected, rtol=1e-3, atol=1e-5)

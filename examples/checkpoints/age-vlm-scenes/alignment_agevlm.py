@@ -7,6 +7,7 @@ from difflib import get_close_matches
 
 
 FORMS = ("nll", "kl", "bce", "dice")
+ANSWER_QUERIES = ("read", "predict")
 
 # Share of the run -> how far the weight has come from its first value (0) to its last (1).
 WEIGHT_SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -24,22 +25,25 @@ class AlignmentConfig:
         weight: of the alignment loss beside the language modelling loss; 0 turns it off.
         layers: cross-attention blocks that are aligned, counted from 0 among the blocks.
         heads: heads that are aligned: `half` (the first half: the others stay free to look elsewhere), `all`, or a list.
+        answer_queries: of a phrase that the assistant says, the query that is aligned: the one that has `read` it, or the
+            one that is to `predict` it, and so sees the image before the word is chosen. What the user says is read.
         schedule: `constant`, or `linear` or `cosine`: the weight goes to `final_weight` over the run.
         final_weight: of the last step, where the schedule is not constant.
 
     Raises:
-        ValueError: one sentence, for an unknown form or schedule, or a negative weight.
+        ValueError: one sentence, for an unknown form, schedule or kind of query, or a negative weight.
     """
 
     form: str = "nll"
     weight: float = 0.2
     layers: Sequence[int] = (0,)
     heads: str | Sequence[int] = "half"
+    answer_queries: str = "read"
     schedule: str = "constant"
     final_weight: float = 0.0
 
     def __post_init__(self):
-        for name, known in (("form", FORMS), ("schedule", WEIGHT_SCHEDULES)):
+        for name, known in (("form", FORMS), ("schedule", WEIGHT_SCHEDULES), ("answer_queries", ANSWER_QUERIES)):
             given = getattr(self, name)
             if given not in known:
                 nearest = get_close_matches(str(given), known, n=1, cutoff=0.0)[0]
@@ -94,4 +98,4 @@ def _indices(name: str, given: Sequence[int], total: int, reason: str) -> list[i
     return list(given)
 
 
-__all__ = ["FORMS", "WEIGHT_SCHEDULES", "AlignmentConfig"]
+__all__ = ["ANSWER_QUERIES", "FORMS", "WEIGHT_SCHEDULES", "AlignmentConfig"]

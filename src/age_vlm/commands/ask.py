@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,9 +55,9 @@ def ask(
 ) -> Answer:
     """Asks one question about one image.
 
-    The attention shown is that of the layers and heads that were aligned in training, when the model had read the word:
-    that is the query which training aligns. For a word of the answer it is recorded while the model generates; the query
-    that predicted the word is the one before, see `generate(..., output_attention_maps=True)`.
+    The attention shown is that of the layers, heads and queries that were aligned in training: when the model had read the
+    word, or for a word of the answer, where `alignment.answer_queries` is `predict`, when it predicted it. That is recorded
+    while the model generates.
 
     Args:
         image: whatever the processor takes: path, URL, PIL image, array, tensor.
@@ -93,11 +93,15 @@ def ask(
     starts = token_starts(processor.tokenizer, generated)
     # What the answer was stripped of stands in front of it.
     offset = processor.decode(generated, skip_special_tokens=True).index(answer)
-    read = output.attention_maps[0, 1:].cpu()
-    for word, _, end in content_words(answer):
-        last = bisect_left(starts, offset + end) - 1
-        if last < len(read):
-            words.append((word, read[last]))
+    maps = output.attention_maps[0].cpu()
+    for word, start, end in content_words(answer):
+        # Of the query that predicts a token, or of the next one, which has read it.
+        if model.alignment.answer_queries == "predict":
+            query = max(0, bisect_right(starts, offset + start) - 1)
+        else:
+            query = bisect_left(starts, offset + end)
+        if query < len(maps):
+            words.append((word, maps[query]))
     left, top, right, bottom = processor.image_geometry(image.height, image.width).source_box
     seen = image.crop((max(0, round(left)), max(0, round(top)), round(right), round(bottom)))
     return Answer(answer, words, seen)

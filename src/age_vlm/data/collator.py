@@ -9,7 +9,8 @@ from functools import partial
 import PIL.Image
 import torch
 
-from ..errors import UserError, checkpoint_errors
+from ..configuration.alignment_agevlm import ANSWER_QUERIES
+from ..errors import UserError, checkpoint_errors, one_of
 from ..processing import ImageGeometry
 from ..processing.images_agevlm import load_rgb
 from .byte_cache import MIB, ByteCache
@@ -52,6 +53,8 @@ class AgeVlmCollator:
             ones away. What stands before the first question, a system message, is in front of each. Otherwise a sample is
             one chat.
         phrase_queries: which tokens of a phrase are aligned, its `"last"` (it has read the whole phrase) or `"all"`.
+        answer_queries: of a phrase that the assistant says, `"read"` for these tokens, or `"predict"` for the one in front of
+            each of them; see `AlignmentConfig`.
         max_length: longest sample, in tokens; what is over is cut from the end.
         packing: several samples share a row (positions restart, no attention mask; each sees its own images only), see
             `packed_rows`. The samples of a batch, and so its loss, are the same without.
@@ -75,6 +78,7 @@ class AgeVlmCollator:
         *,
         independent_turns: bool = False,
         phrase_queries: str = "last",
+        answer_queries: str = "read",
         max_length: int | None = None,
         image_visibility: str = "latest",
         packing: bool = False,
@@ -82,10 +86,15 @@ class AgeVlmCollator:
     ):
         if phrase_queries not in ("last", "all"):
             raise UserError(f"phrase_queries: got '{phrase_queries}', expected 'last' or 'all'.")
+        if answer_queries not in ANSWER_QUERIES:
+            raise UserError(
+                f"answer_queries: got '{answer_queries}', expected {one_of(answer_queries, ANSWER_QUERIES)}."
+            )
         self.processor = processor
         self.grid = grid
         self.independent_turns = independent_turns
         self.phrase_queries = phrase_queries
+        self.answer_queries = answer_queries
         self.max_length = max_length
         self.image_visibility = image_visibility
         self.packing = packing
@@ -105,7 +114,9 @@ class AgeVlmCollator:
 
     def __reduce__(self):
         # As for `ChatEncoder`: the caches stay behind.
-        names = ("independent_turns", "phrase_queries", "max_length", "image_visibility", "packing", "pack_length")
+        names = (
+            "independent_turns", "phrase_queries", "answer_queries", "max_length", "image_visibility", "packing", "pack_length"
+        )  # fmt: skip
         settings = {name: getattr(self, name) for name in names}
         return partial(AgeVlmCollator, self.processor, self.grid, **settings), ()
 
@@ -225,7 +236,11 @@ class AgeVlmCollator:
             coverage = self.coverages.get(mask, partial(self._mask_coverage, *mask))
             if not coverage.any():
                 continue  # the crop of the image processor left nothing of it
-            for token in tokens if self.phrase_queries == "all" else tokens[-1:]:
+            queries = tokens if self.phrase_queries == "all" else tokens[-1:]
+            if self.answer_queries == "predict" and sample["messages"][items[0]["message"]]["role"] == "assistant":
+                # The first token of a phrase chooses it: what names a thing is seen before it is said.
+                queries = [token - 1 for token in (tokens if self.phrase_queries == "all" else tokens[:1]) if token > 0]
+            for token in queries:
                 seen = [number for position, number in zip(image_positions, chat_images) if position <= token]
                 if image in (seen[-1:] if self.image_visibility == "latest" else seen):
                     yield token, image, coverage

@@ -171,7 +171,12 @@ def test_a_bad_sample_is_refused_in_one_sentence(make_collator, change, words, p
 
 def test_a_collator_can_be_sent_to_another_process(make_collator, picture, phrase, sample, three_turns):
     collator = make_collator(
-        independent_turns=True, phrase_queries="all", max_length=400, packing=True, pack_length=500
+        independent_turns=True,
+        phrase_queries="all",
+        answer_queries="predict",
+        max_length=400,
+        packing=True,
+        pack_length=500,
     )
     talk = sample(three_turns, [picture(0)], [phrase(three_turns, 0, "dog")])
     received = pickle.loads(pickle.dumps(collator))

@@ -47,6 +47,26 @@ def test_the_last_or_every_token_of_a_phrase_is_aligned(
         make_collator(phrase_queries="first")
 
 
+def test_what_is_said_may_be_aligned_where_it_is_predicted(
+    processor, make_collator, picture, phrase, sample, three_turns, aligned_tokens
+):
+    """What the user says is read; for what the assistant says, the query in front chooses it."""
+    talk = sample(three_turns, [picture(0)], [phrase(three_turns, 2, "big cat"), phrase(three_turns, 5, "red car")])
+    for phrase_queries, read, predicted in (("last", "tr", "t"), ("all", "big catred car", "big cat")):
+        options = {"independent_turns": True, "phrase_queries": phrase_queries}
+        before, texts = aligned_tokens(processor, make_collator(**options)([talk]))
+        assert "".join(texts) == read
+        after, texts = aligned_tokens(processor, make_collator(**options, answer_queries="predict")([talk]))
+        assert "".join(texts).startswith(predicted) and len(predicted) < len("".join(texts)) <= len(read)
+        chosen = len(predicted)
+        assert after[:chosen] == before[:chosen]
+        row, position, image = before[chosen]
+        first = position if phrase_queries == "all" else position - len("red car") + 1
+        assert after[chosen] == (row, first - 1, image)
+    with pytest.raises(ValueError, match="answer_queries: got 'first', expected one of read, predict"):
+        make_collator(answer_queries="first")
+
+
 def test_masks_of_one_phrase_are_one_mask(make_collator, box, phrase, sample, turns):
     messages = turns(("three men?", "yes"))
     size = (64, 48)

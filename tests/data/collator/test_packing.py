@@ -139,7 +139,7 @@ def test_packing_keeps_texts_images_and_phrases_together(processor, uneven, make
 
 def test_the_first_token_of_a_text_is_not_learned_after_another_text(processor, grid, sample):
     # Of a template that puts nothing in front of what the assistant says.
-    template = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}<|eot_id|>{% endfor %}"
+    template = "{% for m in messages %}{{ m.content }}<|eot_id|>{% endfor %}"
     bare = AgeVlmProcessor(processor.image_processor, processor.tokenizer, chat_template=template)
     samples = [sample([assistant_message(text)], [], name=text) for text in ("a dog", "a cat", "a fox, a red one")]
     counts = [

@@ -65,6 +65,7 @@ class PlannedModel:
                 self.model,
                 processor,
                 independent_turns=recipe.training.independent_turns,
+                answer_queries=recipe.alignment.answer_queries,
                 max_length=recipe.training.max_length,
                 packing=recipe.training.packing,
                 pack_length=recipe.training.pack_length,
