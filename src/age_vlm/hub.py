@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -32,11 +33,15 @@ _OWN = re.compile(
 )
 
 
-def save_checkpoint(model, processor, folder: str | Path, card: str | None = None) -> Path:
+def save_checkpoint(model, processor, folder: str | Path, card: str | None = None, *, parts: str = "all") -> Path:
     """Writes everything beside `folder` first and moves it into place last: a failure leaves what was there before.
 
     Files in `folder` that are no part of a checkpoint stay. No path of this machine is written, but for that of an
     adapter's base model, which is relative to the adapter.
+
+    Args:
+        parts: `"new"` leaves out the pretrained components that training did not change, see
+            `AgeVlmForConditionalGeneration.save_pretrained`.
 
     Raises:
         UserError: one sentence, where the disk is full or may not be written to.
@@ -47,7 +52,7 @@ def save_checkpoint(model, processor, folder: str | Path, card: str | None = Non
         folder.parent.mkdir(parents=True, exist_ok=True)
         new.mkdir()
         keep_licenses(model.config)
-        model.save_pretrained(new)
+        model.save_pretrained(new, **({} if parts == "all" else {"parts": parts}))
         processor.save_pretrained(new)
         if (new / "adapter_config.json").is_file():
             _name_base(new, folder)
@@ -176,12 +181,13 @@ def push_checkpoint(
 
 
 def load_checkpoint(
-    name: str | Path, argument: str = "model", **config
+    name: str | Path, argument: str = "model", parts: Mapping[str, str | Path] | None = None, **config
 ) -> tuple[AgeVlmForConditionalGeneration, AgeVlmProcessor]:
     """Model and processor from a folder or a Hub id. Of an adapter (LoRA, DoRA): its base model with the adapter merged in.
 
     Args:
         argument: what the error calls it.
+        parts: folders or Hub ids of the pretrained components that the checkpoint leaves out, `text` and `vision`.
         config: fields of `AgeVlmConfig` to change.
 
     Raises:
@@ -195,13 +201,13 @@ def load_checkpoint(
             base = json.loads(Path(adapter).read_text("utf-8"))["base_model_name_or_path"]
             if not base:
                 raise UserError("it is an adapter that does not name its base model")
-            return _load_adapter(name, base, config)
+            return _load_adapter(name, base, parts, config)
         # Looked at first: transformers would load any other model's file too, with random weights for what is missing.
         kind = AutoConfig.from_pretrained(name).model_type
         if kind != AgeVlmConfig.model_type:
             raise UserError(f"it holds a model of type '{kind}'")
         model, report = AgeVlmForConditionalGeneration.from_pretrained(
-            name, ignore_mismatched_sizes=True, output_loading_info=True, **config
+            name, ignore_mismatched_sizes=True, output_loading_info=True, parts=parts, **config
         )
         check_weights(report)
         return model, AgeVlmProcessor.from_pretrained(name)
@@ -219,11 +225,13 @@ def check_weights(report: dict) -> None:
         raise UserError(f"its '{name}' has shape {tuple(saved)}, expected {tuple(expected)}")
 
 
-def _load_adapter(name: str | Path, base: str, config: dict) -> tuple[AgeVlmForConditionalGeneration, AgeVlmProcessor]:
+def _load_adapter(
+    name: str | Path, base: str, parts: Mapping[str, str | Path] | None, config: dict
+) -> tuple[AgeVlmForConditionalGeneration, AgeVlmProcessor]:
     from peft import PeftModel
 
     near = Path(name) / base
-    model, processor = load_checkpoint(near if near.is_dir() else base, "its base model", **config)
+    model, processor = load_checkpoint(near if near.is_dir() else base, "its base model", parts, **config)
     if has_file(name, "tokenizer_config.json"):
         # An adapter may have learned new words.
         processor = AgeVlmProcessor.from_pretrained(name)

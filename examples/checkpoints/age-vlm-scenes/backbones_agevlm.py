@@ -11,6 +11,7 @@ from transformers.utils import logging
 from .configuration_agevlm import unknown_option
 from .backbone_files_agevlm import add_image_token, is_unreadable, load_component
 from .chat_agevlm import default_template, stop_at_end_of_turn, template_with_images
+from .origins_agevlm import language_model_state, origin
 from .vision_agevlm import drop_unused_head
 
 
@@ -110,29 +111,31 @@ def model_from_backbones(
     vocabulary = text_config.vocab_size
     tokenizer, template, image_token_id = _image_token(files, processor, image_token, vocabulary)
     text_config.vocab_size = max(vocabulary, image_token_id + 1)
+    drop_unused_head(vision_tower)
+    head = None if text_config.tie_word_embeddings else language_model.lm_head
+    components = {
+        "language_model": origin(
+            files, "language_model", language_model.config, language_model_state(language_model.model, head)
+        ),
+        "vision": origin(files, "vision", vision_tower.config, vision_tower.state_dict()),
+    }
     config = model_class.config_class(
         **{
             "text_config": text_config,
             "vision_config": vision_tower.config,
             "image_token_id": image_token_id,
+            "components": components,
             **config_overrides,
         }
     )
     # Not `.to(dtype)`: the rotary frequencies stay in float32, as in the language model.
     model = model_class._from_config(config, dtype=dtype)
-    drop_unused_head(vision_tower)
-    text_states, head_states = language_model.model.state_dict(), language_model.lm_head.state_dict()
-    if text_config.vocab_size > vocabulary:
-        for states, name in ((text_states, "embed_tokens.weight"), (head_states, "weight")):
-            states[name] = _with_mean_rows(states[name], text_config.vocab_size)
     # A pooler for example may be missing: it is dropped.
     missing += [
         *sorted(vision_missing & vision_tower.state_dict().keys()),
-        *model.model.vision_tower.load_state_dict(vision_tower.state_dict(), strict=False).missing_keys,
-        *model.model.language_model.load_state_dict(text_states, strict=False).missing_keys,
-        *model.lm_head.load_state_dict(head_states, strict=False).missing_keys,
+        *fill_vision_tower(model, vision_tower),
+        *fill_language_model(model, language_model),
     ]
-    missing = [name for name in missing if ".cross_attention." not in name]
     if missing:
         raise ValueError(
             f"text, vision: {len(missing)} weights are not in '{files.text}' or '{files.vision}', first '{missing[0]}'."
@@ -162,6 +165,46 @@ def _image_token(files: BackboneFiles, processor, image_token: str | None, vocab
     if isinstance(template, dict):
         template = template.get("default")
     return tokenizer, template and template_with_images(tokenizer, template, token), index
+
+
+def fill_language_model(model, language_model: LlamaForCausalLM) -> list[str]:
+    """Copies the weights of a Llama into the model, whose tokens beyond the Llama's vocabulary start at the mean of all
+    others; returns the names of weights that it lacks.
+
+    Raises:
+        ValueError: one sentence, for a Llama of another shape.
+    """
+    base = getattr(model, model.base_model_prefix, model)
+    missing = _fill("text", base.language_model, language_model.model.state_dict(), model.config.text_config.vocab_size)
+    if hasattr(model, "lm_head"):
+        missing += _fill(
+            "text", model.lm_head, language_model.lm_head.state_dict(), model.config.text_config.vocab_size
+        )
+    return [name for name in missing if ".cross_attention." not in name]
+
+
+def fill_vision_tower(model, vision_tower: PreTrainedModel) -> list[str]:
+    """Copies the weights of a vision encoder into the model; returns the names of weights that it lacks.
+
+    Raises:
+        ValueError: one sentence, for an encoder of another shape.
+    """
+    base = getattr(model, model.base_model_prefix, model)
+    return _fill("vision", base.vision_tower, vision_tower.state_dict())
+
+
+def _fill(
+    argument: str, module: torch.nn.Module, states: dict[str, torch.Tensor], rows: int | None = None
+) -> list[str]:
+    wanted = module.state_dict()
+    for name, value in states.items():
+        if rows is not None and name in ("embed_tokens.weight", "weight") and len(value) < rows:
+            states[name] = value = _with_mean_rows(value, rows)
+        if name in wanted and wanted[name].shape != value.shape:
+            raise ValueError(
+                f"{argument}: '{name}' has shape {tuple(value.shape)}, expected {tuple(wanted[name].shape)}, that of the model."
+            )
+    return module.load_state_dict(states, strict=False).missing_keys
 
 
 def _with_mean_rows(table: torch.Tensor, rows: int) -> torch.Tensor:

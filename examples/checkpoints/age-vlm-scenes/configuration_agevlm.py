@@ -69,6 +69,9 @@ class AgeVlmConfig(PreTrainedConfig):
         alignment (`dict`, *optional*):
             How the cross-attention was aligned with masks in training: `form`, `weight`, `layers` (among the blocks) and
             `heads`. The network does not read it; it says whose attention maps show where the model looked.
+        components (`dict`, *optional*):
+            Of a model that was built from pretrained components: where `language_model` and `vision` came from, a hash of
+            their weights, and whether a checkpoint leaves them out, as `save_pretrained(parts="new")` does.
 
     Raises:
         ValueError: one sentence, for a layer that is not there, a width that does not divide or an unknown option.
@@ -111,6 +114,7 @@ class AgeVlmConfig(PreTrainedConfig):
     image_visibility: str = "latest"
     initializer_range: float | None = None
     alignment: dict | None = None
+    components: dict | None = None
     use_cache: bool = True
     tie_word_embeddings: bool = True
 

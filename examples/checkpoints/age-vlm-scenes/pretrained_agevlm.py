@@ -8,6 +8,15 @@ from .alignment_agevlm import AlignmentConfig
 from .configuration_agevlm import AgeVlmConfig
 from .components_agevlm import freeze_components, keep_frozen_still
 from .cross_attention_agevlm import AgeVlmGate
+from .parts_agevlm import (
+    check_parts,
+    fetch_left_out,
+    ignored_keys,
+    left_out,
+    mark_left_out,
+    unchanged_components,
+    without_components,
+)
 from .vision_agevlm import AgeVlmProjection, AgeVlmTimmWrapperModel
 
 
@@ -68,6 +77,40 @@ class AgeVlmPreTrainedModel(PreTrainedModel):
             if isinstance(module, AgeVlmTimmWrapperModel) and module.supports_gradient_checkpointing:
                 module.timm_model.set_grad_checkpointing(enable)
 
+    def post_init(self):
+        super().post_init()
+        self._keys_to_ignore_on_load_missing |= ignored_keys(self.config)
+
+    def tie_weights(self, missing_keys: set[str] | None = None, **kwargs):
+        # Where a checkpoint leaves the language model out, both of the tied pair are missing until it is fetched. The set is
+        # the caller's, who goes on with what is left in it.
+        if missing_keys and "language_model" in left_out(self.config):
+            for key in [key for key in missing_keys if key.endswith("language_model.embed_tokens.weight")]:
+                missing_keys.discard(key)
+        return super().tie_weights(missing_keys=missing_keys, **kwargs)
+
+    def save_pretrained(self, save_directory, *args, parts: str = "all", **kwargs):
+        """As `PreTrainedModel.save_pretrained`.
+
+        Args:
+            parts: `"all"`, or `"new"` for all but the pretrained components that are still as they were when the model was
+                built from them: loading takes these from where they came from.
+
+        Raises:
+            ValueError: one sentence, for anything else.
+        """
+        if parts not in ("all", "new"):
+            raise ValueError(f"parts: got {parts!r}, expected 'all' or 'new'.")
+        unchanged = unchanged_components(self) if parts == "new" else []
+        config = self.config
+        self.config = mark_left_out(config, unchanged)
+        if unchanged:
+            kwargs["state_dict"] = without_components(kwargs.get("state_dict") or self.state_dict(), unchanged)
+        try:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.config = config
+
     @classmethod
     def is_custom_code(cls) -> bool:
         # All weights start through `transformers.initialization`. Of code of which it cannot know that, transformers passes
@@ -75,15 +118,23 @@ class AgeVlmPreTrainedModel(PreTrainedModel):
         return False
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, parts=None, **kwargs
+    ):
         """As `PreTrainedModel.from_pretrained`, which logs what a checkpoint lacks and starts it at random: here it is an error.
+
+        Args:
+            parts: of a checkpoint that leaves pretrained components out, their folders or Hub ids, `text` and `vision`; where
+                the model was built from when left out.
 
         Raises:
             ValueError: one sentence, where weights are missing; with `output_loading_info=True` they are listed instead.
         """
+        parts = check_parts(parts)
         model, report = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
+        fetch_left_out(model, parts)
         if output_loading_info:
             return model, report
         # Without a name the weights are the caller's own `state_dict`.

@@ -1,0 +1,136 @@
+"""Checkpoints without the pretrained components that training did not change: they name them, and loading fetches them."""
+
+import copy
+import os
+
+import torch
+from transformers.utils import logging
+
+from .backbones_agevlm import BackboneFiles, fill_language_model, fill_vision_tower
+from .components_agevlm import component_of
+from .origins_agevlm import ARGUMENTS, language_model_state, weights_hash
+from .vision_agevlm import drop_unused_head
+
+
+logger = logging.get_logger(__name__)
+
+_LANGUAGE_MODEL_KEYS = r"^(?!.*(vision_tower|multi_modal_projector|cross_attention)\.)"
+_KEYS = {"language_model": _LANGUAGE_MODEL_KEYS, "vision": r"vision_tower\."}
+
+
+def component_state(model, component: str, vocab_size: int | None = None) -> dict[str, torch.Tensor]:
+    """The weights of a pretrained component of the model; of the vocabulary, those that the component had itself."""
+    base = getattr(model, model.base_model_prefix, model)
+    if component == "vision":
+        return base.vision_tower.state_dict()
+    head = None if model.config.tie_word_embeddings else getattr(model, "lm_head", None)
+    return language_model_state(base.language_model, head, vocab_size)
+
+
+def unchanged_components(model) -> list[str]:
+    """The pretrained components whose weights are still those that the model was built from."""
+    found = []
+    for component, entry in (model.config.components or {}).items():
+        rows = entry.get("vocab_size")
+        if weights_hash(component_state(model, component, rows)) != entry["sha256"]:
+            continue
+        new = model.get_input_embeddings().weight[rows:] if rows else ()
+        if len(new):  # the image token, which loading starts anew
+            mean = model.get_input_embeddings().weight[:rows].float().mean(0).to(new.dtype)
+            if not torch.equal(new, mean.expand_as(new)):
+                continue
+        found.append(component)
+    return found
+
+
+def without_components(state: dict[str, torch.Tensor], components: list[str]) -> dict[str, torch.Tensor]:
+    """The weights of a model, by name, that are of none of the components."""
+    return {name: value for name, value in state.items() if component_of(name) not in components}
+
+
+def left_out(config) -> list[str]:
+    """The components whose weights a checkpoint with that configuration does not hold."""
+    return [component for component, entry in (config.components or {}).items() if entry.get("left_out")]
+
+
+def ignored_keys(config) -> set[str]:
+    """Patterns of the weights that loading does not find in such a checkpoint."""
+    return {_KEYS[component] for component in left_out(config)}
+
+
+def mark_left_out(config, components: list[str]):
+    """A copy of the configuration that says which components are left out."""
+    marked = copy.deepcopy(config)
+    marked.components = {
+        component: {
+            **{key: value for key, value in entry.items() if key != "left_out"},
+            **({"left_out": True} if component in components else {}),
+        }
+        for component, entry in (config.components or {}).items()
+    } or None
+    return marked
+
+
+def check_parts(parts: dict[str, str | os.PathLike] | None) -> dict[str, str | os.PathLike]:
+    """`parts` of `from_pretrained`.
+
+    Raises:
+        ValueError: one sentence, for a key that is not there.
+    """
+    for argument in parts or {}:
+        if argument not in ARGUMENTS.values():
+            raise ValueError(f"parts: got '{argument}', expected some of {', '.join(ARGUMENTS.values())}.")
+    return parts or {}
+
+
+def fetch_left_out(model, parts: dict[str, str | os.PathLike]) -> None:
+    """Loads the components that the model's checkpoint does not hold, from `parts`, else from where the model was built.
+
+    Raises:
+        ValueError: one sentence, for a component that is not there, of other shapes, or for a model whose weights are
+            quantised or kept elsewhere.
+    """
+    for component in left_out(model.config):
+        entry, argument = model.config.components[component], ARGUMENTS[component]
+        place = parts.get(argument) or entry.get("name")
+        if place is None:
+            source = entry.get("source")
+            raise ValueError(
+                f"parts: the checkpoint does not hold its {component.replace('_', ' ')}, expected "
+                f"parts={{'{argument}': FOLDER}}, the folder that it was built from"
+                + (f" ({source})" if source else "")
+                + "."
+            )
+        held = component_state(model, component)
+        if any(
+            value.is_meta or not value.is_floating_point() for name, value in held.items() if "num_batches" not in name
+        ):
+            raise ValueError(
+                f"parts: the checkpoint does not hold its {component.replace('_', ' ')}, which cannot be fetched while weights "
+                "are quantised or offloaded; expected a checkpoint saved with parts='all'."
+            )
+        own = argument in parts
+        files = BackboneFiles(
+            **{"text": None, "vision": None, argument: place},
+            gguf_file=None if own else entry.get("gguf_file"),
+            **({} if own else {f"{argument}_revision": entry.get("revision")}),
+        )
+        dtype = getattr(torch, entry["dtype"])
+        if component == "language_model":
+            language_model, missing = files.language_model(dtype)
+            head = None if language_model.config.tie_word_embeddings else language_model.lm_head
+            state = language_model_state(language_model.model, head)
+            missing += fill_language_model(model, language_model)
+        else:
+            tower, _ = files.vision_encoder(dtype)
+            drop_unused_head(tower)
+            state = tower.state_dict()
+            missing = fill_vision_tower(model, tower)
+        if missing:
+            raise ValueError(f"parts: '{place}' lacks {len(missing)} weights of the {component}, first '{missing[0]}'.")
+        if weights_hash(state) != entry["sha256"]:
+            logger.warning(
+                f"parts: the weights of the {component.replace('_', ' ')} in '{place}' are not those that this checkpoint was "
+                "trained with; its answers may differ."
+            )
+    model.config.components = mark_left_out(model.config, []).components
