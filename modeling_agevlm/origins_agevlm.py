@@ -25,7 +25,7 @@ def origin(files, component: str, config, state: dict[str, torch.Tensor]) -> dic
         name = config.name_or_path
     found = {
         "name": None if not name or os.path.exists(name) else str(name),  # a path of this machine is nobody else's
-        "revision": getattr(files, f"{argument}_revision") or getattr(config, "_commit_hash", None),
+        "revision": getattr(files, f"{argument}_revision"),
         "gguf_file": files.gguf_file if component == "language_model" else None,
         "source": getattr(config, "source", None),
         "dtype": str(next(iter(state.values())).dtype).removeprefix("torch."),

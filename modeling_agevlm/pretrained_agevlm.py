@@ -79,7 +79,7 @@ class AgeVlmPreTrainedModel(PreTrainedModel):
 
     def post_init(self):
         super().post_init()
-        self._keys_to_ignore_on_load_missing |= ignored_keys(self.config)
+        self._keys_to_ignore_on_load_missing.update(ignored_keys(self.config))
 
     def tie_weights(self, missing_keys: set[str] | None = None, **kwargs):
         # Where a checkpoint leaves the language model out, both of the tied pair are missing until it is fetched. The set is

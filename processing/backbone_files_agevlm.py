@@ -1,6 +1,7 @@
 """Loading the pretrained components that a model and its processor are built from."""
 
 import os
+import struct
 
 
 NEW_IMAGE_TOKEN = "<image>"
@@ -15,10 +16,14 @@ def load_component(argument: str, name: str | os.PathLike, auto_class, **kwargs)
     except Exception as error:
         if not is_unreadable(error):
             raise
+        hub = ""
+        if not os.path.exists(name):
+            hub = (
+                f", or a Hub id that you may read (for a gated one accept its licence at https://huggingface.co/{name} and "
+                "run `hf auth login`)"
+            )
         raise ValueError(
-            f"{argument}: '{name}' could not be loaded; expected a folder with a saved model, or a Hub id that you may read "
-            f"(for a gated one accept its licence at https://huggingface.co/{name} and run `hf auth login`): "
-            f"{_first_line(error)}"
+            f"{argument}: '{name}' could not be loaded; expected a folder with a saved model{hub}: {_first_line(error)}"
         ) from error
 
 
@@ -47,9 +52,10 @@ def add_image_token(tokenizer, image_token: str | None = None) -> tuple[str, int
 
 def is_unreadable(error: Exception) -> bool:
     """Whether it says that what was to be loaded is missing or damaged; the library of tokenizers raises a bare `Exception`."""
-    return isinstance(error, (OSError, ValueError, KeyError, TypeError)) or type(error) is Exception
+    return isinstance(error, (OSError, ValueError, KeyError, TypeError, struct.error)) or type(error) is Exception
 
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0] if lines and not isinstance(error, KeyError) else repr(error)
+    line = lines[0] if lines and not isinstance(error, KeyError) else repr(error)
+    return line.rstrip(" .:") + "."

@@ -78,6 +78,8 @@ HOOKS = [
          f"{PRETRAINED}.get_expanded_tied_weights_keys"),
     Hook("_tp_plan", (MODEL,), DECLARED, f"{PRETRAINED}._tp_plan", None, f"{PRETRAINED}.supports_tp_plan"),
     Hook("_can_record_outputs", (TEXT,), DECLARED, "transformers:LlamaModel._can_record_outputs"),
+    Hook("_keys_to_ignore_on_load_missing", (BASE,), "what a checkpoint leaves out on purpose is not reported as missing",
+         f"{PRETRAINED}._keys_to_ignore_on_load_missing", None, f"{PRETRAINED}._adjust_missing_and_unexpected_keys"),
     Hook("_init_weights", (BASE, TEXT), "the way of transformers to start new weights", f"{PRETRAINED}._init_weights",
          "(self, module)", f"{PRETRAINED}._initialize_weights"),
     Hook("_from_config", ("modeling_agevlm/backbones_agevlm.py", VISION), "classes of ours that no Auto class knows of",

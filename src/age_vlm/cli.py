@@ -86,6 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("question")
     ask.add_argument("--image", required=True, help="path or URL")
     ask.add_argument("--model", help="folder or Hub id (default: the example checkpoint of the repository)")
+    ask.add_argument("--text", help="of a checkpoint without its language model: the folder or Hub id of that")
+    ask.add_argument("--vision", help="of a checkpoint without its vision encoder: the folder or Hub id of that")
     ask.add_argument("--overlay", help="write the image with the attention of each content word here (PNG)")
     ask.add_argument("--max-new-tokens", type=int, default=64)
     ask.set_defaults(run=_ask)
@@ -232,7 +234,8 @@ def _ask(options: argparse.Namespace) -> None:
         kind = PIL.Image.registered_extensions().get(Path(options.overlay).suffix.lower())
         if kind not in PIL.Image.SAVE:
             raise UserError(f"--overlay: got '{options.overlay}', expected the name of an image, such as where.png.")
-    model, processor = load(options.model)
+    parts = {name: value for name in ("text", "vision") if (value := getattr(options, name))}
+    model, processor = load(options.model, parts)
     answer = ask(model, processor, options.image, options.question, max_new_tokens=options.max_new_tokens)
     print(answer.text)
     if options.overlay:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left, bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,8 +119,13 @@ def token_starts(tokenizer, tokens: list[int]) -> list[int]:
     return [len(tokenizer.decode(tokens[:number], skip_special_tokens=True)) for number in range(len(tokens))]
 
 
-def load(folder: str | Path | None) -> tuple[AgeVlmForConditionalGeneration, AgeVlmProcessor]:
+def load(
+    folder: str | Path | None, parts: Mapping[str, str] | None = None
+) -> tuple[AgeVlmForConditionalGeneration, AgeVlmProcessor]:
     """Model and processor from a folder or a Hub id; the checkpoint that comes with the repository for `None`.
+
+    Args:
+        parts: see `load_checkpoint`.
 
     Raises:
         UserError: one sentence, where there is none.
@@ -131,7 +137,7 @@ def load(folder: str | Path | None) -> tuple[AgeVlmForConditionalGeneration, Age
                 "model: none was named and the example checkpoint is not here (it comes with the repository, not with the "
                 "package), expected --model with a folder or Hub id; `age-vlm demo` trains one."
             )
-    model, processor = load_checkpoint(folder)
+    model, processor = load_checkpoint(folder, parts=parts)
     return model.eval(), processor
 
 

@@ -33,15 +33,24 @@ def build_model(
         )
     if recipe.checkpoint is not None:
         checkpoint = previous if recipe.checkpoint == PREVIOUS else recipe.checkpoint
-        model, processor = load_checkpoint(checkpoint, "model.checkpoint", **recipe.config)
+        model, processor = load_checkpoint(checkpoint, "model.checkpoint", recipe.parts, **recipe.config)
     elif recipe.text is not None:
         dtype = recipe.dtype and getattr(torch, recipe.dtype)
-        model = AgeVlmForConditionalGeneration.from_backbones(recipe.text, recipe.vision, dtype=dtype, **recipe.config)
-        processor = AgeVlmProcessor.from_backbones(recipe.text, recipe.vision, image_size=recipe.image_size)
+        files = component_files(recipe)
+        processor = AgeVlmProcessor.from_backbones(**files, image_size=recipe.image_size)
+        model = AgeVlmForConditionalGeneration.from_backbones(
+            **files, processor=processor, dtype=dtype, **recipe.config
+        )
     else:
         model, processor = _model_from_preset(recipe, source)
     model.set_attn_implementation({"text_config": recipe.attention})
     return model, processor
+
+
+def component_files(recipe: ModelRecipe) -> dict[str, str | None]:
+    """The arguments of `from_backbones` that say which pretrained components a model is built from."""
+    names = ("text", "vision", "image_token", "gguf_file", "text_revision", "vision_revision")
+    return {name: getattr(recipe, name) for name in names}
 
 
 def _model_from_preset(

@@ -25,7 +25,12 @@ class ModelRecipe:
     preset: str = "age-vlm-tiny"
     text: str | None = None
     vision: str | None = None
+    gguf_file: str | None = None
+    text_revision: str | None = None
+    vision_revision: str | None = None
+    image_token: str | None = None
     checkpoint: str | None = None
+    parts: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     image_size: int | list[int] | None = None
     attention: str = "sdpa"
@@ -43,6 +48,11 @@ class ModelRecipe:
             raise UserError("model.text, model.vision: got one without the other, expected both or neither.")
         if self.dtype not in (None, "float32", "bfloat16"):
             raise UserError(f"model.dtype: got '{self.dtype}', expected 'float32', 'bfloat16' or null.")
+        for name in ("gguf_file", "text_revision", "vision_revision", "image_token"):
+            if self.text is None and getattr(self, name) is not None:
+                raise UserError(
+                    f"model.{name}: got '{getattr(self, name)}' without model.text and model.vision, expected null."
+                )
         if self.dtype is not None and self.text is None:
             raise UserError(
                 f"model.dtype: got '{self.dtype}' without model.text and model.vision, expected null: presets are float32, "
@@ -180,6 +190,7 @@ class TrainingRecipe:
     evaluate_every: int = 100
     save_every: int = 0
     workers: int = 0
+    save_parts: str = "all"
     report_to: list[str] = field(default_factory=list)
     arguments: dict[str, Any] = field(default_factory=dict)
 
@@ -210,6 +221,7 @@ class TrainingRecipe:
         _one_of(self, "training", "precision", ("fp32", "bf16", "fp16"))
         _one_of(self, "training", "schedule", LR_SCHEDULES)
         _one_of(self, "training", "non_finite", ("stop", "skip"))
+        _one_of(self, "training", "save_parts", ("all", "new"))
         if not 0 <= self.adam_beta2 < 1:
             raise UserError(f"training.adam_beta2: got {self.adam_beta2}, expected at least 0 and below 1.")
         if not 0 <= self.warmup <= 1:

@@ -116,7 +116,7 @@ def _finish(
     record = {"metrics": metrics, "seed": recipe.seed, "seconds": round(seconds, 1), "environment": environment()}
     write_whole(folder / "metrics.json", json.dumps(record | {"validation_curve": curve}, indent=2))
     card = model_card(recipe, metrics, environment(), source, model.config)
-    save_checkpoint(model, processor, folder / CHECKPOINT_FOLDER, card)
+    save_checkpoint(model, processor, folder / CHECKPOINT_FOLDER, card, parts=recipe.training.save_parts)
 
     images = folder / EXAMPLES_FOLDER
     images.mkdir(exist_ok=True)

@@ -18,7 +18,7 @@ from ...errors import UserError, checkpoint_errors
 from ...modeling_agevlm import AgeVlmForConditionalGeneration
 from ...processing import AgeVlmProcessor, ImageGeometry, image_geometry, whole_image_processor
 from ...processing.backbone_files_agevlm import load_component
-from ..build import build_model, set_trainable
+from ..build import build_model, component_files, set_trainable
 from ..recipe import PREVIOUS, ModelRecipe, Recipe
 from ..sources import DataSource, load_sources
 
@@ -179,11 +179,13 @@ def _read_checkpoint(recipe: ModelRecipe) -> tuple[AgeVlmConfig, AgeVlmProcessor
 
 
 def _read_backbones(recipe: ModelRecipe) -> tuple[AgeVlmConfig, AgeVlmProcessor]:
-    text = load_component("model.text", recipe.text, AutoConfig)
-    whole = load_component("model.vision", recipe.vision, AutoConfig)
+    files = {"gguf_file": recipe.gguf_file, "revision": recipe.text_revision}
+    text = load_component("model.text", recipe.text, AutoConfig, **files)
+    whole = load_component("model.vision", recipe.vision, AutoConfig, revision=recipe.vision_revision)
     vision = getattr(whole, "vision_config", whole)
     if vision.model_type == "timm_wrapper" and vision.model_args:
         vision.model_args.pop("num_classes", None)
-    processor = AgeVlmProcessor.from_backbones(recipe.text, recipe.vision, image_size=recipe.image_size)
+    processor = AgeVlmProcessor.from_backbones(**component_files(recipe), image_size=recipe.image_size)
+    text.vocab_size = max(text.vocab_size, processor.image_token_id + 1)
     settings = {"image_token_id": processor.image_token_id, **recipe.config}
     return AgeVlmConfig(text_config=text, vision_config=vision, **settings), processor
