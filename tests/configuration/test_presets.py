@@ -12,7 +12,11 @@ def test_every_preset_builds_and_sees_an_image(name):
         model = AgeVlmForConditionalGeneration(config)
         size = IMAGE_SIZES[name]
         features = model.get_image_features(torch.zeros(1, 3, size, size)).pooler_output
-    assert features.shape == (1, {"age-vlm-1b": 24 * 24, "age-vlm-tiny": 8 * 8}[name], config.text_config.hidden_size)
+    assert features.shape == (
+        1,
+        {"age-vlm-1b": 24 * 24, "age-vlm-135m": 12 * 12, "age-vlm-tiny": 8 * 8}[name],
+        config.text_config.hidden_size,
+    )
 
 
 def test_the_paper_s_model_has_the_paper_s_parts():
