@@ -8,8 +8,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import json
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import DynamicCache, PreTrainedTokenizerFast, StaticCache, logging
 
@@ -189,3 +193,32 @@ def make_cache():
         return DynamicCache(config=text) if kind == "dynamic" else StaticCache(config=text, max_cache_len=64)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def coco_rectangles(tmp_path_factory):
+    """Files in COCO's format, and the colours: grey photographs of 80 x 60 that show rectangles, of one colour for each
+    category."""
+    colours = {"dog": (200, 30, 30), "cat": (30, 200, 30), "car": (30, 30, 200)}
+    root = tmp_path_factory.mktemp("coco")
+    (root / "images").mkdir()
+    rng = np.random.default_rng(0)
+    images, annotations = [], []
+    for number in range(40):
+        pixels = np.full((60, 80, 3), 128, np.uint8)
+        for kind, name in enumerate(colours):
+            if rng.random() < 0.6:
+                left, top = int(rng.integers(0, 60)), 20 * kind + int(rng.integers(0, 8))
+                box = [left, top, 18, 11]
+                pixels[top : top + 11, left : left + 18] = colours[name]
+                outline = [left, top, left + 18, top, left + 18, top + 11, left, top + 11]
+                annotations.append(
+                    {"id": len(annotations), "image_id": number, "category_id": kind, "bbox": box, "area": 198,
+                     "iscrowd": 0, "segmentation": [outline]}
+                )  # fmt: skip
+        Image.fromarray(pixels).save(root / "images" / f"{number}.png")
+        images.append({"id": number, "file_name": f"{number}.png", "width": 80, "height": 60})
+    categories = [{"id": kind, "name": name} for kind, name in enumerate(colours)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (root / "instances.json").write_text(json.dumps(content))
+    return {"images": root / "images", "instances": root / "instances.json", "colours": colours}

@@ -196,7 +196,7 @@ def test_a_misspelt_key_is_named_with_a_nearest_valid_one(key, data):
         ("training=5", "^training: got 5, expected keys and values"),
         ("training.steps.more=5", "^override: 'steps' in 'training.steps.more=5' has no keys"),
         ("warm_start.steps=-1", "^warm_start.steps: got -1"),
-        ("data.kind=scene", "^data.kind: got 'scene', expected one of scenes, label_maps, dataset"),
+        ("data.kind=scene", "^data.kind: got 'scene', expected one of scenes, label_maps, coco, dataset"),
         ("data.kind=dataset", "^data.path: got none, expected the folder or Hub name"),
         ("data.weight=0", "^data.weight: got 0.0, expected more than 0"),
         ("data.texts=[captions]", "^data.texts: got 'captions' for kind 'scenes', .*nearest: 'caption'"),

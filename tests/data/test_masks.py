@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from age_vlm.data.masks import decode_mask, encode_mask, mask_size
+from age_vlm.data.masks import decode_mask, encode_mask, mask_share, mask_size, union
 
 
 MASKS = arrays(bool, array_shapes(min_dims=2, max_dims=2, max_side=40))
@@ -22,6 +22,13 @@ def test_the_encoding_is_plain_data(mask):
     rle = encode_mask(mask)
     assert all(type(side) is int for side in rle["size"])
     assert type(rle["counts"]) is str and rle["counts"].isascii()
+
+
+@given(st.lists(arrays(bool, (7, 9)), min_size=1, max_size=4))
+def test_the_union_is_where_any_mask_is(several):
+    united = union([encode_mask(mask) for mask in several])
+    assert np.array_equal(decode_mask(united), np.any(several, axis=0))
+    assert mask_share(united) == np.any(several, axis=0).mean()
 
 
 @given(MASKS, st.integers(0, 200))

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from age_vlm.data.converters.mentions import Vocabulary
 from age_vlm.data.label_maps import count_question, label_map_texts
-from age_vlm.data.plurals import plural
+from age_vlm.data.plurals import indefinite, is_countable, is_plural, plural
 from age_vlm.data.scene_questions import scene_texts
 
 
@@ -66,3 +66,27 @@ def test_every_text_says_the_same_plural(name):
 
 def test_drawn_shapes_have_plurals():
     assert {"circles", "crosses"} <= set(scene_texts())
+
+
+INDEFINITE = {
+    "dog": "a dog",
+    "umbrella": "an umbrella",
+    "hourglass": "an hourglass",
+    "university": "a university",
+    "sheep": "a sheep",
+    "wine glass": "a wine glass",
+    "skis": "skis",
+    "scissors": "scissors",
+    "police": "police",
+    "children": "children",
+    "broccoli": "broccoli",
+    "wild grass": "wild grass",
+    "series": "a series",
+}
+
+
+@pytest.mark.parametrize(("name", "expected"), INDEFINITE.items())
+def test_articles_are_english_and_only_single_things_have_one(name, expected):
+    assert indefinite(name) == expected
+    assert is_countable(name) == (name != expected)
+    assert is_plural(name) == (name in ("skis", "scissors", "police", "children"))

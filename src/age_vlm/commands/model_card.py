@@ -53,6 +53,7 @@ def model_card(
         metrics=[(name, [row.get(name) for row in metrics.values()]) for name in names],
         environment=environment,
         train_samples=source.train_samples,
+        train_images=len(getattr(source.train, "numbers", ())),
         test_images=len(source.test),
         from_scratch=recipe.model.text is None and recipe.model.checkpoint is None,
     )
@@ -60,7 +61,7 @@ def model_card(
 
 def data_license(data: DataRecipe) -> str | None:
     """The licence of what a recipe trains on: as it says, or as the data set's own card does; `None` where neither does."""
-    if data.license is not None or data.kind == "label_maps":
+    if data.license is not None or data.kind in ("label_maps", "coco"):
         return data.license
     # Drawn scenes come with age-vlm.
     return "apache-2.0" if data.kind == "scenes" else read_license(data.path, DatasetCard)

@@ -62,8 +62,8 @@ class ModelRecipe:
 
 @dataclass
 class DataRecipe:
-    """What is trained on: drawn `scenes`, `label_maps`, photographs with per-pixel class indices, or a `dataset` of samples
-    of the schema."""
+    """What is trained on: drawn `scenes`, `label_maps`, photographs with per-pixel class indices, `coco`, photographs
+    with instances in COCO's format, or a `dataset` of samples of the schema."""
 
     kind: str = "scenes"
     weight: float = 1.0
@@ -91,6 +91,8 @@ class DataRecipe:
         _one_of(self, "data", "kind", TEXTS)
         if self.kind == "label_maps" and not (self.images and self.labels and self.classes):
             raise UserError("data: kind 'label_maps' needs images, labels and classes, got at least one of them empty.")
+        if self.kind == "coco" and not (self.images and self.instances):
+            raise UserError("data: kind 'coco' needs images and instances, got at least one of them empty.")
         if self.kind == "dataset" and not self.path:
             raise UserError(
                 "data.path: got none, expected the folder or Hub name of a data set in the schema of age_vlm.data.schema."
@@ -103,8 +105,8 @@ class DataRecipe:
             raise UserError(f"data.crop: got {self.crop}, expected a width and a height.")
         if not 0 < self.min_side <= 1:
             raise UserError(f"data.min_side: got {self.min_side}, expected a share above 0 and up to 1.")
-        if not 0 <= self.held_out < 1 or (self.kind == "label_maps" and not self.held_out):
-            lowest = "above" if self.kind == "label_maps" else "from"
+        if not 0 <= self.held_out < 1 or (self.kind in ("label_maps", "coco") and not self.held_out):
+            lowest = "above" if self.kind in ("label_maps", "coco") else "from"
             raise UserError(f"data.held_out: got {self.held_out}, expected a share, {lowest} 0 and below 1.")
         if not self.weight > 0:
             raise UserError(f"data.weight: got {self.weight}, expected more than 0.")
@@ -296,6 +298,7 @@ class Recipe:
 TEXTS = {
     "scenes": ("caption", "existence", "count", "colour", "relation"),
     "label_maps": ("caption", "existence", "count"),
+    "coco": ("presence", "count", "where"),
     "dataset": (),
 }
 COMPONENT_MODES = ("frozen", "full", "lora")

@@ -150,7 +150,7 @@ def load_source(
     Raises:
         UserError: one sentence, for data that is not there or not as it should be.
     """
-    source = {"scenes": _scenes, "label_maps": _label_maps, "dataset": _dataset}[recipe.kind](
+    source = {"scenes": _scenes, "label_maps": _label_maps, "coco": _coco, "dataset": _dataset}[recipe.kind](
         recipe, seed, evaluation, held_out or HeldOutImages()
     )
     if recipe.masks == "other":
@@ -169,6 +169,13 @@ def check_paths(recipe: Recipe) -> None:
                 with reading(f"{name}.{key}", folder):
                     if not Path(folder).is_dir():
                         raise UserError(f"{name}.{key}: '{folder}' is not a folder, expected one.")
+        elif data.kind == "coco":
+            with reading(f"{name}.images", data.images):
+                if not Path(data.images).is_dir():
+                    raise UserError(f"{name}.images: '{data.images}' is not a folder, expected one.")
+            with reading(f"{name}.instances", data.instances):
+                if not Path(data.instances).is_file():
+                    raise UserError(f"{name}.instances: '{data.instances}' is not a file, expected COCO's JSON.")
         elif data.kind == "dataset" and not Path(data.path).is_dir() and not re.fullmatch(_HUB_NAME, data.path):
             raise UserError(f"{name}.path: '{data.path}' is not a folder, expected one, or the Hub name of a data set.")
 
@@ -227,6 +234,14 @@ def _label_maps(recipe: DataRecipe, seed: int, evaluation: bool, held_out: HeldO
             for part, number in ((split.validation, recipe.validation), (split.test, recipe.test))
         )
     return source
+
+
+def _coco(recipe: DataRecipe, seed: int, evaluation: bool, held_out: HeldOutImages) -> DataSource:
+    from .coco_source import coco_splits
+
+    train, validation, test, own = coco_splits(recipe, seed, evaluation, held_out)
+    texts = (message_text(message) for index in range(len(train.numbers)) for message in train[index]["messages"])
+    return DataSource(train, validation, test, texts=lambda: chain(train.categories, texts), held_out=own)
 
 
 def _dataset(recipe: DataRecipe, seed: int, evaluation: bool, held_out: HeldOutImages) -> DataSource:

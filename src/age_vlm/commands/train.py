@@ -13,7 +13,7 @@ from pathlib import Path
 import PIL.Image
 
 from ..atomic_files import write_whole
-from ..data.questions import EvaluationItem
+from ..data.questions import POPE_MODES, EvaluationItem
 from ..errors import filling
 from ..evaluation.answers import yes_scores
 from ..evaluation.benchmark import answer_metrics, grounding_metrics, presence_metrics, split_items
@@ -181,10 +181,24 @@ def test_metrics(model, processor, recipe: Recipe, source: DataSource) -> dict[s
             value = presence_metrics(yes_scores(model, processor, images), images)["macro_auc"]
             if not math.isnan(value):  # no class is both present and absent
                 row["presence/macro_auc"] = value
+    if recipe.data.kind == "coco":
+        for row, images in ((metrics, source.test), (control, blank)):
+            row |= mode_aucs(yes_scores(model, processor, images), images)
     if recipe.data.kind == "dataset":
         for row, images in ((metrics, source.test), (control, blank)):
             row |= yes_no_metrics(yes_scores(model, processor, images), images)
     return {"model": metrics, "blank image": control}
+
+
+def mode_aucs(scores: Mapping[str, float], items: Sequence[EvaluationItem]) -> dict[str, float]:
+    """`presence/MODE_auc` of each of POPE's modes, over logit(yes) - logit(no) of its questions."""
+    metrics = {}
+    for mode in POPE_MODES:
+        asked = [question for item in items for question in item.questions if question.mode == mode]
+        value = auc([scores[question.id] for question in asked], [question.answer == "yes" for question in asked])
+        if not math.isnan(value):
+            metrics[f"presence/{mode}_auc"] = value
+    return metrics
 
 
 def yes_no_metrics(scores: Mapping[str, float], items: Sequence[EvaluationItem]) -> dict[str, float]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from .label_maps import Crop, LabelMaps, count_question, existence_question, random_box
 from .masks import encode_mask
-from .questions import NUMBER_WORDS, POPE_MODES, EvaluationItem, KindStatistics, Question, existence_negatives
+from .questions import NUMBER_WORDS, POPE_MODES, EvaluationItem, KindStatistics, Question, pope_choice
 
 
 def _sampled_presence(
@@ -86,19 +86,10 @@ def label_map_items(
             text, span = count_question(name)
             key = f"{crop.id}:count:{name}"
             questions.append(Question(key, crop.id, text, NUMBER_WORDS[number], "count", None, span, masks[name]))
-        k = min(negatives, len(shown), len(presence) - len(shown))
-        if statistics is not None and k > 0:
+        if statistics is not None:
             rng = np.random.default_rng([seed, 3, zlib.crc32(crop.id.encode())])
-            positives = [shown[i] for i in rng.permutation(len(shown))[:k]]
-            chosen = existence_negatives(
-                shown,
-                list(presence),
-                frequency=statistics.frequency,
-                affinity=statistics.affinity(shown),
-                rng=rng,
-                count=k,
-                pool=None if pool is None else max(pool, k),
-            )
+            absent = [name for name, is_present in presence.items() if not is_present]
+            positives, chosen = pope_choice(shown, absent, statistics, rng=rng, count=negatives, pool=pool)
             questions += [ask(name, mode) for mode in POPE_MODES for name in positives + chosen[mode]]
         items.append(EvaluationItem(crop.id, crop.image, tuple(questions)))
     return items

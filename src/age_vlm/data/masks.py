@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypedDict
 
 import numpy as np
@@ -48,6 +49,23 @@ def decode_mask(rle: MaskRLE | dict[str, Any]) -> np.ndarray:
     if _total_run_length(counts) != height * width:
         raise UserError(f"mask counts does not describe {height} x {width} pixels, expected runs that fill the size.")
     return coco.decode({"size": [height, width], "counts": counts}).astype(bool)
+
+
+def union(masks: Sequence[MaskRLE]) -> MaskRLE:
+    """The mask of all pixels in any of these masks, at least one, of one size."""
+    if len(masks) == 1:
+        return masks[0]
+    rle = coco.merge([_bytes(mask) for mask in masks])
+    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
+
+
+def mask_share(rle: MaskRLE) -> float:
+    """The share of the image's pixels that lie in the mask, 0 to 1, without decoding it."""
+    return int(coco.area(_bytes(rle))) / (rle["size"][0] * rle["size"][1])
+
+
+def _bytes(rle: MaskRLE) -> dict[str, Any]:
+    return {"size": rle["size"], "counts": rle["counts"].encode("ascii")}
 
 
 def mask_size(rle: MaskRLE | dict[str, Any]) -> tuple[int, int]:

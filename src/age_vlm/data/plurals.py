@@ -1,4 +1,4 @@
-"""English plurals, for every text that names things."""
+"""English plurals and articles, for every text that names things."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ _IRREGULAR = {
     "cattle": "cattle",
     "i": "is",  # the letter
 }
+# What is not counted: "is there broccoli", not "a broccoli".
+_MASS = frozenset("broccoli bread cheese food furniture grass gravel hay luggage mud rice sand snow water".split())
+# Plurals that end in no "s", and singulars that end in one and are their own plural.
+_PLURALS, _SINGULARS = frozenset(["cattle", "police"]), frozenset(["series", "species"])
 
 
 @cache
@@ -29,6 +33,26 @@ def plural(name: str) -> str:
     doubled = any(said.endswith("s") and more == f"{said}s" for said, more in zip(name.split(), several.split()))
     already = one not in (False, name) and not name.endswith("s")
     return name if doubled or already else several
+
+
+@cache
+def is_plural(name: str) -> bool:
+    """Whether an English noun is a plural, "skis", or has no singular, "scissors"; not what may be either, "sheep"."""
+    last = name.split()[-1]
+    if last in _PLURALS or last in _SINGULARS:
+        return last in _PLURALS
+    return plural(name) == name and (name.endswith("s") or _engine().singular_noun(name) not in (False, name))
+
+
+def is_countable(name: str) -> bool:
+    """Whether "how many" of it is a question about single things: "dog", but neither "scissors" nor "broccoli"."""
+    return name.split()[-1] not in _MASS and not is_plural(name)
+
+
+@cache
+def indefinite(name: str) -> str:
+    """An English noun with its indefinite article, where it takes one: "a dog", "an umbrella", "skis", "broccoli"."""
+    return _engine().a(name) if is_countable(name) else name
 
 
 @cache

@@ -36,7 +36,7 @@ class Question:
     image_id: str
     text: str
     answer: str
-    kind: Literal["existence", "count", "colour", "relation"]
+    kind: Literal["existence", "count", "colour", "relation", "where"]
     mode: Mode | None = None
     phrase: tuple[int, int] | None = None
     mask: MaskRLE | None = None
@@ -129,3 +129,37 @@ def existence_negatives(
         "popular": shuffled(ranked(frequency)[: pool or count])[:count],
         "adversarial": ranked(affinity)[:count],
     }
+
+
+def pope_choice(
+    present: Sequence[Kind],
+    absent: Sequence[Kind],
+    statistics: KindStatistics[Kind],
+    *,
+    rng: np.random.Generator,
+    count: int,
+    pool: int | None = None,
+) -> tuple[list[Kind], dict[Mode, list[Kind]]]:
+    """What to ask about one image: kinds it shows, chosen at random, and for each mode as many that it does not.
+
+    `count` of each, or as many as there are present and absent ones, so that yes and no stay balanced; see
+    `existence_negatives` for the modes, for `pool`, and for what it raises.
+
+    Args:
+        present, absent: kinds that are clearly there and clearly not; what cannot be told is in neither.
+        statistics: of the training images.
+    """
+    count = min(count, len(present), len(absent))
+    if count < 1:
+        return [], {mode: [] for mode in POPE_MODES}
+    positives = [present[i] for i in rng.permutation(len(present))[:count]]
+    negatives = existence_negatives(
+        (),
+        absent,
+        frequency=statistics.frequency,
+        affinity=statistics.affinity(present),
+        rng=rng,
+        count=count,
+        pool=None if pool is None else max(pool, count),
+    )
+    return positives, negatives

@@ -43,6 +43,8 @@ FILES = {
     "coco": {"captions": CAPTIONS, "instances": instances([SQUARE]), "panoptic": PANOPTIC},
     "refcoco": {"refs": [REF], "instances": instances(RLE)},
 }
+# Converter -> arguments with which it may read them.
+ARGUMENTS = {"coco": [{}, {"questions": ["presence", "count", "where"], "min_area": 0.0}]}
 VALUES = st.one_of(
     st.none(),
     st.sampled_from([True, -1, 0, 10**400, 1e300, "", "x", "../1.jpg", "/", "\0"]),
@@ -105,6 +107,7 @@ def test_a_broken_record_never_stops_a_conversion(folder, name, data):
         argument: write(folder, argument, content if argument == broken else files[argument]) for argument in files
     }
     rejects = Rejects()
+    paths |= data.draw(st.sampled_from(ARGUMENTS.get(name, [{}])))
     for sample in CONVERTERS[name](images=folder / "images", rejects=rejects, **paths):
         validate_sample(sample)
     assert all(0 < len(reason) < 80 and "\n" not in reason for reason in rejects.counts)

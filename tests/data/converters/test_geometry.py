@@ -4,7 +4,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco
 
-from age_vlm.data.converters.geometry import clipped_box, segmentation_mask, union
+from age_vlm.data.converters.geometry import clipped_box, segmentation_mask
 from age_vlm.data.masks import decode_mask, encode_mask
 from age_vlm.data.rejects import Unusable
 
@@ -72,12 +72,6 @@ def test_run_lengths_give_the_same_mask_compressed_or_not(mask):
     for counts in (runs_of(mask), packed["counts"], packed["counts"].decode()):
         rle = segmentation_mask({"size": [height, width], "counts": counts}, width, height)
         assert rle == encode_mask(mask)
-
-
-@given(st.lists(masks(width=9, height=7), min_size=1, max_size=4))
-@settings(max_examples=25, deadline=None)
-def test_the_union_is_where_any_mask_is(several):
-    assert np.array_equal(decode_mask(union([encode_mask(mask) for mask in several])), np.any(several, axis=0))
 
 
 SQUARE = {"size": [4, 4], "counts": [4, 8, 4]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -97,17 +97,36 @@ def chat(turns: Sequence[tuple[str, Any]], images: int) -> list[Message]:
     return messages
 
 
+class Turn(NamedTuple):
+    """A question and its answer, with the phrases of each."""
+
+    question: str
+    answer: str
+    in_question: Sequence[Phrase] = ()
+    in_answer: Sequence[Phrase] = ()
+
+
 def statements(name: str, image: Image.Image, request: str, said: Iterable[tuple[str, Sequence[Phrase]]]) -> Sample:
     """A sample of one image in which each text answers the same request, with its phrases grounded.
 
     Raises:
         Unusable: nothing is said.
     """
+    return sample_of(name, image, (Turn(request, text, in_answer=phrases) for text, phrases in said))
+
+
+def sample_of(name: str, image: Image.Image, turns: Iterable[Turn]) -> Sample:
+    """A sample of these turns about one image, with their phrases grounded.
+
+    Raises:
+        Unusable: there are none.
+    """
     messages: list[Message] = []
     groundings = []
-    for text, phrases in said:
-        groundings += [grounding(len(messages) + 1, start, end, 0, mask, box) for start, end, mask, box in phrases]
-        messages += [user_message(request, images=0 if messages else 1), assistant_message(text)]
+    for turn in turns:
+        for number, phrases in enumerate((turn.in_question, turn.in_answer), start=len(messages)):
+            groundings += [grounding(number, start, end, 0, mask, box) for start, end, mask, box in phrases]
+        messages += [user_message(turn.question, images=0 if messages else 1), assistant_message(turn.answer)]
     if not messages:
         raise Unusable("no text is left of it")
     return {"id": name, "images": [image], "messages": messages, "groundings": groundings}

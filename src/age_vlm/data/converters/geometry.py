@@ -32,14 +32,6 @@ def segmentation_mask(segmentation: Any, width: int, height: int) -> MaskRLE:
     return {"size": [height, width], "counts": rle["counts"].decode("ascii")}
 
 
-def union(masks: Sequence[MaskRLE]) -> MaskRLE:
-    """The mask of all pixels in any of these masks, at least one, of one size."""
-    if len(masks) == 1:
-        return masks[0]
-    rle = coco.merge([{"size": mask["size"], "counts": mask["counts"].encode("ascii")} for mask in masks])
-    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
-
-
 def clipped_box(box: Sequence[float], width: int, height: int) -> list[float]:
     """The part of a box [x0, y0, x1, y1] in pixels that lies in an image of that size.
 

@@ -82,6 +82,11 @@ class Index(Generic[Record]):
         key = identity(identifier)
         return key in self._records or key in self._ambiguous
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all records that came can be used: none shares its identifier with a different one."""
+        return not self._ambiguous
+
     def items(self) -> Iterator[tuple[str, Record]]:
         """`identity` and record of all that can be used, in the order in which they came."""
         return iter(self._records.items())
