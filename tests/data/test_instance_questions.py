@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from age_vlm.data.instance_questions import ASKED, Shown, check_asked, evaluation_questions, place_of, training_turns
+from age_vlm.data.instance_questions import ASKED, Shown, check_asked, evaluation_questions, position_of, training_turns
 from age_vlm.data.masks import decode_mask, encode_mask
 from age_vlm.data.questions import POPE_MODES, KindStatistics
 
@@ -142,14 +142,14 @@ def test_questions_are_english_and_point_at_the_word(name, number, expected):
 def test_places_are_ninths_by_the_centroid(corner, words):
     x, y = corner
     for dx, dy in ((0, 0), (9, 9), (0, 9)):
-        assert place_of(encode_mask(box(x + dx, y + dy, x + dx + 1, y + dy + 1, 30))) == words
+        assert position_of(encode_mask(box(x + dx, y + dy, x + dx + 1, y + dy + 1, 30))) == words
 
 
 def test_the_centroid_lies_on_the_side_with_more_of_it():
-    assert place_of(encode_mask(box(0, 0, 30, 30, 30))) == "In the center"
+    assert position_of(encode_mask(box(0, 0, 30, 30, 30))) == "In the center"
     # Columns 0 to 18 have the centroid 9.5 pixels from the left, columns 0 to 19 exactly a third from it.
-    assert place_of(encode_mask(box(0, 0, 19, 30, 30))) == "On the left"
-    assert place_of(encode_mask(box(0, 0, 20, 30, 30))) == "In the center"
+    assert position_of(encode_mask(box(0, 0, 19, 30, 30))) == "On the left"
+    assert position_of(encode_mask(box(0, 0, 20, 30, 30))) == "In the center"
 
 
 KINDS = [f"thing{letter}" for letter in "abcdefgh"]

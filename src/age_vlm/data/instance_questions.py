@@ -22,7 +22,7 @@ from .questions import NUMBER_WORDS, POPE_MODES, KindStatistics, Question, pope_
 ASKED = ("presence", "count", "where")
 """Kinds of questions, by what they are about."""
 
-_PLACES = (
+_POSITIONS = (
     ("In the top left", "At the top", "In the top right"),
     ("On the left", "In the center", "On the right"),
     ("In the bottom left", "At the bottom", "In the bottom right"),
@@ -122,10 +122,10 @@ def _count(shown: Shown, name: str) -> Turn:
 
 def _where(shown: Shown, name: str) -> Turn:
     verb = "are" if is_plural(name) else "is"
-    return _turn(shown, name, f"Where {verb} the ", name, "?", place_of(shown.present[name]))
+    return _turn(shown, name, f"Where {verb} the ", name, "?", position_of(shown.present[name]))
 
 
-def place_of(mask: MaskRLE) -> str:
+def position_of(mask: MaskRLE) -> str:
     """Which ninth of the image the centroid of a mask lies in, in words: "On the left", "In the center", "At the top".
 
     The image is cut in three of equal width and three of equal height.
@@ -135,7 +135,7 @@ def place_of(mask: MaskRLE) -> str:
         int(3 * (2 * np.average(np.arange(side), weights=pixels.sum(1 - axis)) + 1) / (2 * side))
         for axis, side in enumerate(pixels.shape)
     )
-    return _PLACES[row][column]
+    return _POSITIONS[row][column]
 
 
 def _generator(seed: int, shown: Shown, kind: str) -> np.random.Generator:

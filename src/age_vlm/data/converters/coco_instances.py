@@ -174,8 +174,8 @@ class Choice:
 
     def split_of(self, number: str) -> str:
         """The split of an image, by its `identity`."""
-        place = int.from_bytes(hashlib.blake2b(number.encode(), digest_size=8).digest(), "big") / 2**64
-        return "train" if place >= self.held_out else "test" if place < self.held_out / 2 else "validation"
+        share = int.from_bytes(hashlib.blake2b(number.encode(), digest_size=8).digest(), "big") / 2**64
+        return "train" if share >= self.held_out else "test" if share < self.held_out / 2 else "validation"
 
     def is_trained(self, number: str) -> bool:
         """Whether statistics of training images are also of this one."""
