@@ -4,6 +4,7 @@ from transformers import LlamaForCausalLM
 
 from age_vlm.commands.build import build_model, set_trainable
 from age_vlm.commands.recipe import LoraRecipe, ModelRecipe, TrainingRecipe
+from age_vlm.errors import UserError
 from age_vlm.modeling_agevlm.components_agevlm import COMPONENTS, component_of
 
 
@@ -69,6 +70,25 @@ def test_what_is_frozen_full_or_adapted(make_model):
     assert all(".lora_" in name for name in rest - gates)
     merged = adapted.merge_and_unload()
     assert merged is model and [name for name, _ in model.named_parameters()] == names
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("cross_attention", ["full", "lora"])
+def test_late_layers_of_the_language_model_alone(make_model, mode, cross_attention):
+    model = make_model()
+    last = model.config.text_config.num_hidden_layers - 1
+    recipe = {"cross_attention": cross_attention, "language_model": mode, "lora": LoraRecipe(rank=2)}
+    set_trainable(model, TrainingRecipe(**recipe, language_model_from=last))
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    own = [name for name in trained if component_of(name) == "language_model"]
+    assert own and all(f"language_model.layers.{last}." in name for name in own)
+    assert all((".lora_" in name) == (mode == "lora") for name in own)
+    others = {name.split(".layers.")[1].split(".")[0] for name in trained if component_of(name) == "cross_attention"}
+    assert others == {str(index) for index in model.config.cross_attention_layers}
+    with pytest.raises(
+        UserError, match=f"^training.language_model_from: got {last + 1}, expected less than {last + 1}"
+    ):
+        set_trainable(make_model(), TrainingRecipe(language_model_from=last + 1))
 
 
 def test_the_recipe_before_is_known_in_a_pipeline_only(source, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,6 +81,12 @@ def set_trainable(model: AgeVlmForConditionalGeneration, recipe: TrainingRecipe)
         The model as PEFT wraps it, where there are adapters, to save and merge them. They are in `model` itself, too: it is
         what is trained and stored on the way, since an adapter's own file lacks the parts that are trained in full.
     """
+    first = recipe.language_model_from
+    if first >= model.config.text_config.num_hidden_layers:
+        raise UserError(
+            f"training.language_model_from: got {first}, expected less than {model.config.text_config.num_hidden_layers}, the "
+            "number of the language model's layers."
+        )
     adapted = None
     targets = [component for component, mode in recipe.modes.items() if mode == "lora"]
     if targets:
@@ -95,10 +102,20 @@ def set_trainable(model: AgeVlmForConditionalGeneration, recipe: TrainingRecipe)
             dropout=lora.dropout,
             use_dora=lora.dora,
             gates="cross_attention" in targets,
+            layers=range(first, model.config.text_config.num_hidden_layers) if first else None,
         )
         adapted = get_peft_model(model, config)
     for name, parameter in model.named_parameters():
-        mode = recipe.modes[component_of(name)]
+        component = component_of(name)
+        mode = recipe.modes[component]
         if mode != "lora":
-            parameter.requires_grad_(mode == "full")
+            late = component != "language_model" or not first or _layer_of(name) >= first
+            parameter.requires_grad_(mode == "full" and late)
     return adapted
+
+
+def _layer_of(parameter: str) -> int:
+    """Number of the decoder layer of a language model's parameter; -1 of its embeddings, last norm and head, which are
+    trained only where every layer is."""
+    found = re.search(r"language_model\.layers\.(\d+)\.", parameter)
+    return int(found[1]) if found else -1

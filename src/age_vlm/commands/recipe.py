@@ -181,6 +181,7 @@ class TrainingRecipe:
     projector: str = "full"
     cross_attention: str = "full"
     language_model: str = "full"
+    language_model_from: int = 0
     lora: LoraRecipe = field(default_factory=LoraRecipe)
     independent_turns: bool = True
     max_length: int | None = None
@@ -239,7 +240,7 @@ class TrainingRecipe:
         self._check_arguments()
         _at_least(self, "training", 1, "steps", "batch_size", "gradient_accumulation", "log_every", "evaluate_every")
         _at_least(self, "training", 0, "learning_rate", "weight_decay", "max_grad_norm", "save_every", "workers")
-        _at_least(self, "training", 0, "spike_threshold")
+        _at_least(self, "training", 0, "spike_threshold", "language_model_from")
 
     def _check_arguments(self) -> None:
         if not self.arguments:

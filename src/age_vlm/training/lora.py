@@ -35,6 +35,7 @@ def lora_config(
     use_dora: bool = False,
     gates: bool = True,
     modules_to_save: Sequence[str] = (),
+    layers: Sequence[int] | None = None,
     **options: Any,
 ) -> LoraConfig:
     """A `LoraConfig` for `peft.get_peft_model`.
@@ -45,6 +46,7 @@ def lora_config(
         alpha: the adapters count `alpha / rank`; twice the rank when left out.
         gates: whether the gates are trained, whole, and saved with the adapter.
         modules_to_save: what else is trained and saved whole, `multi_modal_projector` for example.
+        layers: of the language model that are adapted, counted from 0; all when left out.
         options: other fields of `LoraConfig`.
 
     Raises:
@@ -60,8 +62,15 @@ def lora_config(
         raise UserError(f"alpha: got {alpha}, expected more than 0.")
     if not 0 <= dropout < 1:
         raise UserError(f"dropout: got {dropout}, expected a share, from 0 to below 1.")
+    modules = LORA_TARGETS[target]
+    if layers is not None and target != "cross_attention":
+        # Not PEFT's `layers_to_transform`, which takes no pattern, and would leave cross-attention out.
+        chosen = "|".join(map(str, layers))
+        modules = LORA_TARGETS["language_model"].replace(r"\d+", f"(?:{chosen})")
+        if target == "both":
+            modules = f"{LORA_TARGETS['cross_attention']}|{modules}"
     return LoraConfig(
-        target_modules=LORA_TARGETS[target],
+        target_modules=modules,
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
