@@ -55,6 +55,15 @@ def test_every_key_of_a_stage_says_what_it_is(path):
         assert not key or key.endswith(":") or "#" in line, line
 
 
+@pytest.mark.parametrize("path", sorted(REFERENCE.parent.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_of_the_repository_can_be_read(path):
+    needed = OWN if path == LABEL_MAPS else []
+    if path.parent.name == "age-vlm-1b":  # its user names the data
+        mixed = len(yaml.safe_load(path.read_text("utf-8")).get("mix", ()))
+        needed = ["data.path=FOLDER", *(f"mix.{number}.path=FOLDER" for number in range(mixed))]
+    assert load_recipe(path, needed).name
+
+
 def test_parts_that_are_all_frozen_and_rates_of_frozen_ones():
     with pytest.raises(ValueError, match="^training: got 'frozen' for all of vision, projector"):
         load_recipe(SCENES, [f"training.{part}=frozen" for part in COMPONENTS])
