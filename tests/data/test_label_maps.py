@@ -291,18 +291,12 @@ def save(path, array):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            lambda f: save(f / "labels/frame01.png", np.zeros((10, 12), np.uint8)),
-            "frame01.png: got 12 x 10 pixels.* 80 x 60",
-        ),
-        (
-            lambda f: save(f / "labels/frame01.png", np.full((60, 80), 7, np.uint8)),
-            "frame01.png .*index 7, expected 0",
-        ),
+        (lambda f: save(f / "labels/frame01.png", np.zeros((10, 12), np.uint8)), "got 12 x 10 pixels.* 80 x 60"),
+        (lambda f: save(f / "labels/frame01.png", np.full((60, 80), 7, np.uint8)), "index 7, expected 0"),
         (lambda f: save(f / "labels/frame01.png", np.full((60, 80), 40_000, np.uint16)), "index 40000"),
         (
             lambda f: save(f / "labels/frame01.png", np.zeros((60, 80, 3), np.uint8)),
-            "got .*RGB, expected one index per pixel",
+            "RGB, expected one index per pixel",
         ),
         (
             lambda f: (f / "images/frame01.png").write_text("no image"),

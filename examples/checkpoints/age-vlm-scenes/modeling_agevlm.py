@@ -381,19 +381,16 @@ class AgeVlmForConditionalGeneration(AgeVlmPreTrainedModel, AgeVlmGenerationMixi
         """A new AGE-VLM from a pretrained language model and a pretrained vision encoder, their weights unchanged.
 
         Args:
-            text: Hub id or folder of a `LlamaForCausalLM`, or one that is loaded.
-            vision: Hub id or folder of a vision encoder, timm's own among them, or one that is loaded.
-            processor: the [`AgeVlmProcessor`] to go with, which says what token stands for an image and what ends an answer.
-                When left out: what `AgeVlmProcessor.from_backbones` makes of the same arguments.
-            image_token: see `AgeVlmProcessor.from_backbones`. The embedding of a new token starts at the mean of all others.
+            text, vision: Hub id or folder of a `LlamaForCausalLM` and of a vision encoder (timm's too), or loaded models.
+            processor: the [`AgeVlmProcessor`] to go with; when left out, what its own `from_backbones` makes of these arguments.
+            image_token: as for the processor. The embedding of a new token starts at the mean of all others.
             dtype: of the whole model, that of the language model's file when left out.
             gguf_file: name of the GGUF file in `text`; its weights are dequantised.
             text_revision, vision_revision: branch, tag or commit on the Hub.
-            config_overrides: fields of [`AgeVlmConfig`], `cross_attention_layers` for example.
+            config_overrides: fields of [`AgeVlmConfig`].
 
         Raises:
-            ValueError: one sentence, for a folder that is not there, a gated repository, a model that is quantised, or
-                another kind of model.
+            ValueError: one sentence, for a folder that is not there, a gated repository, a quantised or another kind of model.
         """
         files = BackboneFiles(text, vision, gguf_file, text_revision, vision_revision)
         return model_from_backbones(cls, files, processor, image_token, dtype, config_overrides)
