@@ -35,6 +35,8 @@ def refcoco(
 ) -> Iterator[Sample]:
     """A sample for each object, in which each of its expressions answers `request` and is grounded in its mask.
 
+    For questions about its photographs, see `coco`: the expressions name only some of what is there.
+
     Args:
         images: the folder of COCO's `train2014`, or of `train2017`, which has the same images under other names.
         refs: `refs(unc).p`, `refs(google).p` or `refs(umd).p`.

@@ -31,6 +31,8 @@ def visual_genome(
 ) -> Iterator[Sample]:
     """A sample for each image, in which each region description answers `request`, with a box and no mask yet.
 
+    There are no questions such as `coco` asks: nobody looked for everything, so what is not named may be there.
+
     Args:
         images: the folder of `<image id>.jpg`, or that of `VG_100K` and `VG_100K_2`.
         regions: `region_descriptions.json`.
