@@ -14,8 +14,11 @@ from .vision_agevlm import drop_unused_head
 
 logger = logging.get_logger(__name__)
 
-_LANGUAGE_MODEL_KEYS = r"^(?!.*(vision_tower|multi_modal_projector|cross_attention)\.)"
-_KEYS = {"language_model": _LANGUAGE_MODEL_KEYS, "vision": r"vision_tower\."}
+_NAMES = {"language_model": "language model", "vision": "vision encoder"}
+_KEYS = {
+    "language_model": r"^(?!.*(vision_tower|multi_modal_projector|cross_attention)\.)",
+    "vision": r"vision_tower\.",
+}
 
 
 def component_state(model, component: str, vocab_size: int | None = None) -> dict[str, torch.Tensor]:
@@ -92,26 +95,26 @@ def fetch_left_out(model, parts: dict[str, str | os.PathLike]) -> None:
     """
     for component in left_out(model.config):
         entry, argument = model.config.components[component], ARGUMENTS[component]
-        place = parts.get(argument) or entry.get("name")
-        if place is None:
+        name, called = parts.get(argument) or entry.get("name"), _NAMES[component]
+        if name is None:
             source = entry.get("source")
             raise ValueError(
-                f"parts: the checkpoint does not hold its {component.replace('_', ' ')}, expected "
+                f"parts: the checkpoint does not hold its {called}, expected "
                 f"parts={{'{argument}': FOLDER}}, the folder that it was built from"
                 + (f" ({source})" if source else "")
                 + "."
             )
         held = component_state(model, component)
         if any(
-            value.is_meta or not value.is_floating_point() for name, value in held.items() if "num_batches" not in name
+            value.is_meta or not value.is_floating_point() for key, value in held.items() if "num_batches" not in key
         ):
             raise ValueError(
-                f"parts: the checkpoint does not hold its {component.replace('_', ' ')}, which cannot be fetched while weights "
+                f"parts: the checkpoint does not hold its {called}, which cannot be fetched while weights "
                 "are quantised or offloaded; expected a checkpoint saved with parts='all'."
             )
         own = argument in parts
         files = BackboneFiles(
-            **{"text": None, "vision": None, argument: place},
+            **{"text": None, "vision": None, argument: name},
             gguf_file=None if own else entry.get("gguf_file"),
             **({} if own else {f"{argument}_revision": entry.get("revision")}),
         )
@@ -127,10 +130,10 @@ def fetch_left_out(model, parts: dict[str, str | os.PathLike]) -> None:
             state = tower.state_dict()
             missing = fill_vision_tower(model, tower)
         if missing:
-            raise ValueError(f"parts: '{place}' lacks {len(missing)} weights of the {component}, first '{missing[0]}'.")
+            raise ValueError(f"parts: '{name}' lacks {len(missing)} weights of the {called}, first '{missing[0]}'.")
         if weights_hash(state) != entry["sha256"]:
             logger.warning(
-                f"parts: the weights of the {component.replace('_', ' ')} in '{place}' are not those that this checkpoint was "
+                f"parts: the weights of the {called} in '{name}' are not those that this checkpoint was "
                 "trained with; its answers may differ."
             )
     model.config.components = mark_left_out(model.config, []).components

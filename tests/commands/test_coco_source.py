@@ -1,10 +1,13 @@
 """The data of the kind `coco`: split by image, questions of POPE's modes, metrics by mode."""
 
+import shutil
+
 import pytest
 
 from age_vlm.commands.recipe import DataRecipe
 from age_vlm.commands.sources import load_source
 from age_vlm.commands.train import mode_aucs
+from age_vlm.data.held_out import StoredImage
 from age_vlm.errors import UserError
 
 
@@ -33,6 +36,23 @@ def test_other_data_may_hold_images_out(recipe):
     again = load_source(other, 0, evaluation=False, held_out=source.held_out)
     held = {item.image_id.removeprefix("coco/") for item in (*source.validation, *source.test)}
     assert not held & {*again.train.numbers} and not again.test
+
+
+def test_a_photograph_that_is_missing_is_counted_and_no_fault(recipe, tmp_path):
+    shutil.copytree(recipe.images, tmp_path / "images")
+    gone = load_source(recipe, 0).train.numbers[0]
+    (tmp_path / "images" / f"{gone}.png").unlink()
+    source = load_source(DataRecipe(**{**vars(recipe), "images": str(tmp_path / "images")}), 0)
+    names = [source.train[index]["id"].split("/")[1] for index in range(len(source.train.numbers))]
+    assert gone not in names and source.train.rejects.counts["image file is missing"]
+    assert list(source.texts()) == list(source.texts())
+
+
+def test_all_photographs_held_out_is_one_sentence(recipe):
+    source = load_source(recipe, 0)
+    source.held_out.add(StoredImage.of_file(source.train.file(number)) for number in source.train.numbers)
+    with pytest.raises(UserError, match="^mix: all photographs of '.*' are held out by `data`"):
+        load_source(recipe, 0, evaluation=False, held_out=source.held_out)
 
 
 def test_aucs_are_by_mode(recipe):

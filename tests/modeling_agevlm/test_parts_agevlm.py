@@ -205,7 +205,7 @@ def test_what_cannot_be_put_together_is_one_sentence(built, folders, tmp_path):
     cases = [
         ({}, r"^parts: the checkpoint does not hold its language model, expected parts=\{'text': FOLDER\}, the folder that "
              r"it was built from \(python make_text.py FOLDER\)\.$"),
-        ({"text": folders["text"]}, r"^parts: the checkpoint does not hold its vision, expected parts=\{'vision': FOLDER\}"),
+        ({"text": folders["text"]}, r"^parts: the checkpoint does not hold its vision encoder, expected parts=\{'vision': FOLDER\}"),
         ({**folders, "text": tmp_path / "none"}, r"^text: '.*none' could not be loaded; expected a folder"),
         ({**folders, "text": tmp_path / "wide"}, r"^text: 'embed_tokens.weight' has shape \(300, 64\), expected \(300, 32\)"),
         ({**folders, "text": folders["vision"]}, r"^text: '.*vision' is a 'timm_wrapper' model, expected a Llama\.$"),

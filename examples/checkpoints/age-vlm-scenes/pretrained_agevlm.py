@@ -102,10 +102,11 @@ class AgeVlmPreTrainedModel(PreTrainedModel):
         if parts not in ("all", "new"):
             raise ValueError(f"parts: got {parts!r}, expected 'all' or 'new'.")
         unchanged = unchanged_components(self) if parts == "new" else []
+        if not unchanged:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        kwargs["state_dict"] = without_components(kwargs.get("state_dict") or self.state_dict(), unchanged)
         config = self.config
         self.config = mark_left_out(config, unchanged)
-        if unchanged:
-            kwargs["state_dict"] = without_components(kwargs.get("state_dict") or self.state_dict(), unchanged)
         try:
             return super().save_pretrained(save_directory, *args, **kwargs)
         finally:

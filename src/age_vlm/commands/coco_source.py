@@ -6,10 +6,12 @@ import dataclasses
 from collections.abc import Iterable
 
 from ..data.coco_crops import CocoCrops
+from ..data.converters.coco_instances import stored_image
 from ..data.converters.coco_items import coco_items
-from ..data.held_out import HeldOutImages, StoredImage
+from ..data.held_out import HeldOutImages, warn_of_held_out
 from ..data.instance_questions import ASKED
 from ..data.questions import EvaluationItem
+from ..errors import UserError
 from .recipe import DataRecipe
 
 
@@ -30,14 +32,22 @@ def coco_splits(
         questions=recipe.texts or ASKED,
         min_side=recipe.min_side,
     )
+    train.rejects.warn("coco")
     own = HeldOutImages()
-    train.numbers = [number for number in train.numbers if not held_out.hold([StoredImage.of_file(train.file(number))])]
+    kept = [
+        number for number in train.numbers if not held_out.hold([stored_image(train.described[number], train.folder)])
+    ]
+    if not kept:
+        raise UserError(f"mix: all photographs of '{recipe.images}' are held out by `data`, expected one to train on.")
+    train.numbers, dropped = kept, len(train.numbers) - len(kept)
+    warn_of_held_out(dropped, recipe.images)
     items: dict[str, list[EvaluationItem]] = {"validation": [], "test": []}
     if evaluation:
         for split, number in (("validation", recipe.validation), ("test", recipe.test)):
             made = coco_items(**files, split=split, held_out=recipe.held_out, seed=recipe.test_seed)
             items[split] = list(_asked(made[:number], recipe.texts or ASKED))
-            own.add(StoredImage.of_file(train.file(item.image_id.removeprefix("coco/"))) for item in made)
+            numbers = (item.image_id.removeprefix("coco/") for item in made)
+            own.add(stored_image(train.described[number], train.folder) for number in numbers)
     return train, items["validation"], items["test"], own
 
 

@@ -17,7 +17,7 @@ import PIL.Image
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from ..data.held_out import HeldOutImages, StoredImage
+from ..data.held_out import HeldOutImages, StoredImage, warn_of_held_out
 from ..data.masks import MaskRLE, decode_mask, encode_mask
 from ..data.mix import Mix
 from ..data.questions import EvaluationItem, Question
@@ -216,7 +216,7 @@ def _label_maps(recipe: DataRecipe, seed: int, evaluation: bool, held_out: HeldO
     trained = [number for number, file in enumerate(files) if not held_out.hold([file])]
     if not trained:
         raise UserError(f"mix: all photographs of '{recipe.images}' are held out by `data`, expected one to train on.")
-    _warn_of_held_out(len(split.train) - len(trained), recipe.images)
+    warn_of_held_out(len(split.train) - len(trained), recipe.images)
     split = split._replace(train=maps.subset(split.train.frames.take(trained)))
     crops = {"size": tuple(recipe.crop), "min_side": recipe.min_side}
     source = DataSource(
@@ -240,8 +240,16 @@ def _coco(recipe: DataRecipe, seed: int, evaluation: bool, held_out: HeldOutImag
     from .coco_source import coco_splits
 
     train, validation, test, own = coco_splits(recipe, seed, evaluation, held_out)
-    texts = (message_text(message) for index in range(len(train.numbers)) for message in train[index]["messages"])
-    return DataSource(train, validation, test, texts=lambda: chain(train.categories, texts), held_out=own)
+    indices = range(min(len(train), len(train.numbers)))
+    return DataSource(
+        train,
+        validation,
+        test,
+        texts=lambda: chain(
+            train.categories, (message_text(message) for index in indices for message in train[index]["messages"])
+        ),
+        held_out=own,
+    )
 
 
 def _dataset(recipe: DataRecipe, seed: int, evaluation: bool, held_out: HeldOutImages) -> DataSource:
@@ -260,7 +268,7 @@ def _dataset(recipe: DataRecipe, seed: int, evaluation: bool, held_out: HeldOutI
             f"data.path: '{recipe.path}' has {len(samples)} samples, expected one to train on at least whose images are "
             "not held out."
         )
-    _warn_of_held_out(kept - len(train), recipe.path)
+    warn_of_held_out(kept - len(train), recipe.path)
     source = DataSource(
         train=samples.select(range(kept) if len(train) == kept else train),
         validation=[],
@@ -280,13 +288,6 @@ def _dataset(recipe: DataRecipe, seed: int, evaluation: bool, held_out: HeldOutI
                 stacklevel=3,
             )
     return source
-
-
-def _warn_of_held_out(number: int, name: str) -> None:
-    if number:
-        warnings.warn(
-            f"{number} samples of '{name}' show images that are held out, and are not trained on.", stacklevel=4
-        )
 
 
 def open_dataset(path: str, split: str = "train", *, allow_outside: bool = False) -> datasets.Dataset:

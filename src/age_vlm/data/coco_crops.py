@@ -10,8 +10,8 @@ import PIL.Image
 from torch.utils.data import Dataset
 
 from ..errors import UserError
-from .converters.chats import Turn, sample_of
-from .converters.coco_instances import Choice, Things, check_numbers, survey
+from .converters.chats import sample_of
+from .converters.coco_instances import Choice, Things, check_numbers, grounded, survey
 from .converters.images import ImageFolder, open_image, require_size
 from .converters.records import read_coco
 from .converters.refcoco import image_names
@@ -116,14 +116,7 @@ class CocoCrops(Dataset):
         turns = training_turns(shown, self.statistics, self.questions, per_kind=self.per_kind, seed=self.seed)
         if not turns:
             raise Unusable("nothing is clear enough to ask about")
-        return sample_of(
-            name,
-            image,
-            [
-                Turn(turn.question, turn.answer, [] if turn.mask is None else [(*turn.span, turn.mask, None)])
-                for turn in turns
-            ],
-        )
+        return sample_of(name, image, grounded(turns))
 
 
 def _crop(

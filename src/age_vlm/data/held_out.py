@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -89,3 +90,11 @@ def _stored_image(image: pyarrow.StructScalar) -> StoredImage | None:
     if content.is_valid:
         return StoredImage(len(content.as_buffer()), content.as_py)
     return StoredImage.of_file(path.as_py()) if path.is_valid else None
+
+
+def warn_of_held_out(number: int, name: str) -> None:
+    """Says how many samples of the data called `name` are not trained on, if there are any."""
+    if number:
+        warnings.warn(
+            f"{number} samples of '{name}' show images that are held out, and are not trained on.", stacklevel=4
+        )

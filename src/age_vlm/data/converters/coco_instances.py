@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from ...errors import UserError, one_of
 from ..held_out import HeldOutImages, StoredImage
 from ..instance_questions import Shown, training_turns
+from ..instance_questions import Turn as AskedTurn
 from ..masks import MaskRLE
 from ..questions import KindStatistics
 from ..rejects import Rejects, Unusable
@@ -132,10 +133,14 @@ class Asking:
         asked = training_turns(shown, self.statistics, self.questions, per_kind=self.per_kind, seed=self.seed)
         if not asked:
             raise Unusable("nothing is clear enough to ask about")
-        return [
-            Turn(turn.question, turn.answer, [] if turn.mask is None else [(*turn.span, turn.mask, None)])
-            for turn in asked
-        ]
+        return grounded(asked)
+
+
+def grounded(asked: Iterable[AskedTurn]) -> list[Turn]:
+    """Questions as turns of a chat, each with its category's word grounded where it is there."""
+    return [
+        Turn(turn.question, turn.answer, [] if turn.mask is None else [(*turn.span, turn.mask, None)]) for turn in asked
+    ]
 
 
 def check_numbers(*, min_area: float, seed: int, **counts: int) -> None:
@@ -191,15 +196,16 @@ class Choice:
         splits = {number: self.split_of(number) for number in images}
         later = HeldOutImages()
         after = SPLITS[SPLITS.index(self.split) + 1 :]
-        later.add(_stored(images[number], folder) for number, split in splits.items() if split in after)
+        later.add(stored_image(images[number], folder) for number, split in splits.items() if split in after)
         for number in shard_of((number for number, split in splits.items() if split == self.split), shard):
-            if len(later) and later.hold([_stored(images[number], folder)]):
+            if len(later) and later.hold([stored_image(images[number], folder)]):
                 rejects.add("image is held out under another identifier", number)
             else:
                 yield number
 
 
-def _stored(image: Mapping[str, Any], folder: ImageFolder) -> StoredImage | None:
+def stored_image(image: Mapping[str, Any], folder: ImageFolder) -> StoredImage | None:
+    """The file of an image of the annotations; None where it is not there."""
     # What cannot be found is said when its sample is made.
     path = Rejects().attempt("", lambda: folder.find(image_names(image["file_name"])))
     return None if path is None else StoredImage.of_file(path)
