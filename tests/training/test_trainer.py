@@ -76,10 +76,13 @@ def test_without_weight_it_is_the_plain_trainer(make_trainer, weights_after, ass
     options = {"steps": 3, "batch": 3, "accumulation": 2, "optim": "adamw_torch", "max_grad_norm": 1.0}
     ours = make_trainer(alignment=AlignmentConfig(weight=0.0), **options)
     plain = make_trainer(cls=Trainer, **options)
-    assert_same(weights_after(ours), weights_after(plain), rtol=0, atol=0)
+    # To rounding: we compute no logits of positions that learn nothing.
+    assert_same(weights_after(ours), weights_after(plain), rtol=1e-3, atol=1e-5)
     for line, reference in zip(ours.state.log_history, plain.state.log_history):
         if "loss" in line:
-            assert line["loss"] == reference["loss"] == pytest.approx(line["lm_loss"], rel=1e-5)
+            assert (
+                line["loss"] == pytest.approx(reference["loss"], rel=1e-5) == pytest.approx(line["lm_loss"], rel=1e-5)
+            )
             assert line["alignment_loss"] > 0  # still watched
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from ..hub import save_adapter
 from ..modeling_agevlm import AgeVlmForConditionalGeneration
 from ..processing import AgeVlmProcessor
 from ..training.distributed import alone, from_main, is_main, together
+from ..training.encoder_cache import encoder_cache
 from ..training.loss_watch import BAD_BATCHES
 from ..training.trainer import AgeVlmTrainer
 from ..training.warm_start import warm_start
@@ -167,7 +169,9 @@ def fit(
         )
         _keep_tensorboard(trainer, folder)
         unsharded = copy.deepcopy((model, adapted)) if _shards(trainer) and is_main() else None
-        log = train(trainer, progress, checkpoint)
+        kept = recipe.training.encoder_cache
+        with encoder_cache(model.model.vision_tower, kept) if kept else nullcontext():
+            log = train(trainer, progress, checkpoint)
         if _shards(trainer):
             state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
             if unsharded is not None:

@@ -194,6 +194,7 @@ class TrainingRecipe:
     save_every: int = 0
     workers: int = 0
     save_parts: str = "all"
+    encoder_cache: str | None = None
     report_to: list[str] = field(default_factory=list)
     arguments: dict[str, Any] = field(default_factory=dict)
 
@@ -225,6 +226,11 @@ class TrainingRecipe:
         _one_of(self, "training", "schedule", LR_SCHEDULES)
         _one_of(self, "training", "non_finite", ("stop", "skip"))
         _one_of(self, "training", "save_parts", ("all", "new"))
+        if self.encoder_cache is not None and self.vision != "frozen":
+            raise UserError(
+                f"training.encoder_cache: got '{self.encoder_cache}' with training.vision '{self.vision}', expected 'frozen': an "
+                "encoder that learns has no output to keep."
+            )
         if not 0 <= self.adam_beta2 < 1:
             raise UserError(f"training.adam_beta2: got {self.adam_beta2}, expected at least 0 and below 1.")
         if not 0 <= self.warmup <= 1:

@@ -164,9 +164,10 @@ def training_turns(
 ) -> list[Turn]:
     """Questions about an image for training, in random order.
 
-    Presence: as many categories that are there as that are not; of the latter one each by POPE's modes in
-    turn, beginning with any, so that neither what is frequent nor what goes together is a safe guess. Count: numbers
-    that differ, as far as there are such, because most things are there once. There may be nothing to ask.
+    Presence: as many categories that are there as that are not; of the latter half are any that are absent, and half the
+    popular and adversarial ones of POPE, so that neither what is frequent, nor what is rare, nor what goes together is a
+    safe guess. Count: numbers that differ, as far as there are such, because most things are there once. There may be
+    nothing to ask.
 
     Args:
         statistics: of the training images.
@@ -179,9 +180,11 @@ def training_turns(
         positives, chosen = pope_choice(
             list(shown.present), shown.absent, statistics, rng=rng, count=per_kind, pool=per_kind
         )
-        # Began all with one mode, images of a single category would ask by no other, and "cup" would nearly always mean no.
-        modes = [POPE_MODES[number] for number in rng.permutation(len(POPE_MODES))]
-        in_turn = zip(*(chosen[mode] for mode in modes))
+        # Half from all that is absent: drawn by POPE's other modes alone, a rare category would nearly always mean yes.
+        hard = rng.permutation(["popular", "adversarial"])
+        kinds = [chosen["random"], [name for names in zip(*(chosen[mode] for mode in hard)) for name in names]]
+        # Begun all with one kind, images of a single category would ask by no other.
+        in_turn = zip(*(kinds if rng.random() < 0.5 else reversed(kinds)))
         # The modes choose independently: the same category may come from several.
         negatives = list(dict.fromkeys(name for names in in_turn for name in names))[: len(positives)]
         turns += [_presence(shown, name) for name in positives + negatives]

@@ -23,6 +23,7 @@ from ..modeling_agevlm.attention_maps_agevlm import attention_on_images
 from ..modeling_agevlm.components_agevlm import component_of
 from .alignment import alignment_losses
 from .distributed import keep_to_one_gpu
+from .learned_positions import learned_positions
 from .loss_watch import BAD_BATCHES, StepWatch
 from .prompt_learning import virtual_tokens
 
@@ -220,6 +221,8 @@ class AgeVlmTrainer(Trainer):
             inputs["cross_attention_queries"] = torch.zeros(1, 2, dtype=torch.long, device=inputs["input_ids"].device)
         # A loss reads no cache, and with one the model could not tell packed texts apart.
         inputs.setdefault("use_cache", False)
+        if not (return_outputs or shift or self.args.torch_compile or self.label_smoother or self.compute_loss_func):
+            inputs |= learned_positions(labels)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         terms = {"lm_loss": loss.detach()}
         if grounding:
