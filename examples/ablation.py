@@ -74,6 +74,7 @@ def run_arm(recipe: Recipe, arm: str, *, curve_on: str, metrics, source: DataSou
         "arm": arm,
         "seed": recipe.seed,
         "parameters": sum(p.numel() for p in model.parameters()),
+        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "curve": curve,
         "environment": environment(),
     }

@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import (
 from ..configuration.configuration_agevlm import AgeVlmConfig
 from .cache_agevlm import NO_IMAGE, cached_images, image_cache_layer
 from .compat_agevlm import accepts_old_cache_name, capture_outputs, merge_with_config_defaults
-from .image_masks_agevlm import ImagesByRow, packed_starts, visible_images, visible_slots
+from .image_masks_agevlm import ImagesByRow, mask_for_backend, packed_starts, visible_images, visible_slots
 
 
 class AgeVlmGate(nn.Module):
@@ -318,6 +318,10 @@ class AgeVlmTextModel(LlamaModel):
         if position_ids is None:
             position_ids = queries[None]
 
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4 and attention_mask.dtype == torch.bool:
+            attention_mask = mask_for_backend(
+                attention_mask, self.config._attn_implementation or "sdpa", inputs_embeds.dtype
+            )
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -379,10 +383,8 @@ class AgeVlmTextModel(LlamaModel):
             image_states = image_states[grouped.index.clamp(min=0)].flatten(1, 2)
 
         any_visible = visible.any(-1, keepdim=True)
-        mask = (visible | ~any_visible)[:, None]
-        if image_attention_implementation(self.config) != "sdpa":
-            least = torch.finfo(inputs_embeds.dtype).min
-            mask = torch.zeros_like(mask, dtype=inputs_embeds.dtype).masked_fill(~mask, least)
+        implementation = image_attention_implementation(self.config)
+        mask = mask_for_backend((visible | ~any_visible)[:, None], implementation, inputs_embeds.dtype)
         return image_states, VisibleImages(visible, any_visible, mask, new_positions)
 
 

@@ -120,6 +120,13 @@ def visible_slots(visible: torch.Tensor, slots: torch.Tensor, num_slots: int) ->
     return times > 0
 
 
+def mask_for_backend(mask: torch.Tensor, implementation: str, dtype: torch.dtype) -> torch.Tensor:
+    """A boolean mask as it is for SDPA, and as what others add to scores of that type: to those, true would be a one."""
+    if implementation == "sdpa":
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
 def check_image_count(tokens: int, images: int, image_indices: torch.Tensor | None) -> None:
     if image_indices is not None:
         if len(image_indices) != tokens:

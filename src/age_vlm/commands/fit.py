@@ -155,6 +155,7 @@ def fit(
                 model,
                 processor,
                 independent_turns=recipe.training.independent_turns,
+                shared_prefix=recipe.training.shared_prefix,
                 answer_queries=recipe.alignment.answer_queries,
                 max_length=recipe.training.max_length,
                 packing=recipe.training.packing,

@@ -184,6 +184,7 @@ class TrainingRecipe:
     language_model_from: int = 0
     lora: LoraRecipe = field(default_factory=LoraRecipe)
     independent_turns: bool = True
+    shared_prefix: bool = False
     max_length: int | None = None
     packing: bool = False
     pack_length: int | None = None
@@ -235,6 +236,10 @@ class TrainingRecipe:
             raise UserError(f"training.adam_beta2: got {self.adam_beta2}, expected at least 0 and below 1.")
         if not 0 <= self.warmup <= 1:
             raise UserError(f"training.warmup: got {self.warmup}, expected a share of the steps, from 0 to 1.")
+        if self.shared_prefix and (self.packing or not self.independent_turns):
+            raise UserError(
+                "training.shared_prefix: got true, expected false with training.packing or without training.independent_turns."
+            )
         if self.max_length is not None and self.max_length < 1:
             raise UserError(f"training.max_length: got {self.max_length}, expected at least 1, or null for no limit.")
         if self.pack_length is not None and (self.pack_length < 1 or not self.packing):

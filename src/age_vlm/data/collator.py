@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import PIL.Image
@@ -32,6 +32,7 @@ class EncodedSample:
         images: the sample's images.
         image_indices: for each image token the number of the image that it stands for, in the sample.
         groundings: position in the row, number of the image and coverage of each aligned token.
+        texts: which of them each token is of, counted from 1; 0 for the beginning that all share.
     """
 
     input_ids: list[int]
@@ -40,6 +41,18 @@ class EncodedSample:
     images: list[PIL.Image.Image]
     image_indices: list[int]
     groundings: list[tuple[int, int, torch.Tensor]]
+    texts: list[int] = field(default_factory=list)
+
+    def append(self, chat: EncodedChat, images: list[int], aligned, number: int, start: int, end: int) -> None:
+        """Tokens [start, end) of text `number`, with those of its images whose tokens are in it."""
+        self.groundings.extend((len(self.input_ids) + token - start, image, cover) for token, image, cover in aligned)
+        self.input_ids.extend(chat.input_ids[start:end])
+        # Nothing, or another text, stands before the first token: it is not learned after that.
+        self.labels.extend((-100, *chat.labels[start + 1 : end]))
+        self.positions.extend(range(start, end))
+        self.texts.extend([number] * (end - start))
+        if not start:
+            self.image_indices.extend(images)
 
 
 class AgeVlmCollator:
@@ -52,6 +65,8 @@ class AgeVlmCollator:
             images, all packed into one row (positions restart, no attention mask): earlier answers cannot give later
             ones away. What stands before the first question, a system message, is in front of each. Otherwise a sample is
             one chat.
+        shared_prefix: independent texts of a sample have what they begin with, up to its images, once, in a row of its own:
+            the same loss, from half of the tokens where questions are short. For backends that take a mask (`sdpa`, `eager`).
         phrase_queries: which tokens of a phrase are aligned, its `"last"` (it has read the whole phrase) or `"all"`.
         answer_queries: of a phrase that the assistant says, `"read"` for these tokens, or `"predict"` for the one in front of
             each of them; see `AlignmentConfig`.
@@ -83,6 +98,7 @@ class AgeVlmCollator:
         image_visibility: str = "latest",
         packing: bool = False,
         pack_length: int | None = None,
+        shared_prefix: bool = False,
     ):
         if phrase_queries not in ("last", "all"):
             raise UserError(f"phrase_queries: got '{phrase_queries}', expected 'last' or 'all'.")
@@ -90,6 +106,8 @@ class AgeVlmCollator:
             raise UserError(
                 f"answer_queries: got '{answer_queries}', expected {one_of(answer_queries, ANSWER_QUERIES)}."
             )
+        if shared_prefix and (packing or not independent_turns):
+            raise UserError("shared_prefix: got True, expected False with packing=True or independent_turns=False.")
         self.processor = processor
         self.grid = grid
         self.independent_turns = independent_turns
@@ -99,6 +117,7 @@ class AgeVlmCollator:
         self.image_visibility = image_visibility
         self.packing = packing
         self.pack_length = pack_length
+        self.shared_prefix = shared_prefix
         self.encode = ChatEncoder(processor)
         self.coverages: ByteCache[torch.Tensor] = ByteCache(64 * MIB)
 
@@ -115,7 +134,8 @@ class AgeVlmCollator:
     def __reduce__(self):
         # As for `ChatEncoder`: the caches stay behind.
         names = (
-            "independent_turns", "phrase_queries", "answer_queries", "max_length", "image_visibility", "packing", "pack_length"
+            "independent_turns", "phrase_queries", "answer_queries", "max_length", "image_visibility", "packing", "pack_length",
+            "shared_prefix",
         )  # fmt: skip
         settings = {name: getattr(self, name) for name in names}
         return partial(AgeVlmCollator, self.processor, self.grid, **settings), ()
@@ -174,6 +194,7 @@ class AgeVlmCollator:
         validate_sample(sample)
         _require_masks(sample)
         whole = EncodedSample([], [], [], list(sample["images"]), [], [])
+        texts = []
         for chat, chat_images, chat_groundings in self._chats(sample):
             tokens = chat.input_ids.count(self.processor.image_token_id)
             if tokens != len(chat_images):
@@ -181,14 +202,30 @@ class AgeVlmCollator:
                     f"messages: sample '{sample['id']}' has {tokens} image tokens in its rendered text, expected "
                     f"{len(chat_images)}, one for each image part."
                 )
-            for token, image, coverage in self._aligned_tokens(sample, chat, chat_images, chat_groundings):
-                whole.groundings.append((len(whole.input_ids) + token, image, coverage))
-            whole.image_indices.extend(chat_images)
-            whole.input_ids.extend(chat.input_ids)
-            # Nothing stands before the first token: it is not learned after the text in front of it, either.
-            whole.labels.extend((-100, *chat.labels[1:]))
-            whole.positions.extend(range(len(chat.input_ids)))
+            aligned = list(self._aligned_tokens(sample, chat, chat_images, chat_groundings))
+            texts.append((chat, chat_images, aligned))
+        shared = self._shared_prefix(sample, texts) if self.shared_prefix else 0
+        if shared:
+            whole.append(texts[0][0], texts[0][1], [], 0, 0, shared)
+        for number, (chat, chat_images, aligned) in enumerate(texts, start=1):
+            whole.append(chat, chat_images, aligned, number, shared, len(chat.input_ids))
         return self._cut(sample, whole)
+
+    def _shared_prefix(self, sample: Sample, texts: list) -> int:
+        """How many tokens, images among them and nothing that is learned or aligned, all texts of a sample begin with."""
+        chats = [chat.input_ids for chat, _, _ in texts]
+        shared = next((n for n, each in enumerate(zip(*chats)) if len({*each}) > 1), min(map(len, chats)))
+        for chat, _, aligned in texts:
+            learned = next((number for number, label in enumerate(chat.labels) if label != -100), len(chat.labels))
+            shared = min(shared, learned - 1, *(token for token, _, _ in aligned))
+        image_token = self.processor.image_token_id
+        apart = any(images != texts[0][1] for _, images, _ in texts)
+        if len(texts) > 1 and (apart or any(image_token in ids[max(0, shared) :] for ids in chats)):
+            raise UserError(
+                f"shared_prefix: sample '{sample['id']}' has questions about different images, expected all to begin with the "
+                "same ones."
+            )
+        return max(0, shared) if len(texts) > 1 else 0
 
     def _chats(self, sample: Sample) -> Iterator[tuple[EncodedChat, list[int], list[tuple[int, Grounding]]]]:
         """Each text of a sample: its encoding, the images of its image tokens, its groundings by message number."""
@@ -270,6 +307,7 @@ class AgeVlmCollator:
             input_ids=ids[:most],
             labels=kept,
             positions=whole.positions[:most],
+            texts=whole.texts[:most],
             groundings=[each for each in whole.groundings if each[0] < most],
         )
 
@@ -292,12 +330,26 @@ class AgeVlmCollator:
                 size = span.stop
             mask[number, :size] = 1
         batch = {"input_ids": ids, "labels": labels}
-        if self.independent_turns or self.packing:
+        if self.shared_prefix:
+            batch |= {
+                "position_ids": positions,
+                "attention_mask": _seen([each for row in rows for each in row], length),
+            }
+        elif self.independent_turns or self.packing:
             # Padding has position 0 throughout: each such token is a sequence of its own.
             batch["position_ids"] = positions
         else:
             batch["attention_mask"] = mask
         return batch
+
+
+def _seen(samples: list[EncodedSample], length: int) -> torch.Tensor:
+    """(rows, 1, length, length): a text sees the beginning that it shares, and itself; padding sees itself."""
+    texts = torch.full((len(samples), length), -1)
+    for row, sample in enumerate(samples):
+        texts[row, : len(sample.texts)] = torch.tensor(sample.texts)
+    seen = (texts[:, None, :] == texts[:, :, None]) | ((texts[:, None, :] == 0) & (texts[:, :, None] > 0))
+    return (seen & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
 
 
 def _require_masks(sample: Sample) -> None:

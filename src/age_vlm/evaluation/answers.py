@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from itertools import product
 
 import torch
@@ -27,11 +28,12 @@ def generate_answers(
         processor: the processor that goes with it, with a chat template.
     """
     answers = {}
+    asked, first = _asked_once(items)
     with _evaluating(model):
-        for questions, inputs in _batches(model, processor, items, batch_size):
+        for questions, inputs in _batches(model, processor, asked, batch_size):
             texts = generate_texts(model, processor, inputs, max_new_tokens)
             answers.update({question.id: text for question, text in zip(questions, texts)})
-    return answers
+    return {id: answers[asked_as] for id, asked_as in first.items()}
 
 
 def generate_texts(model, processor, inputs: Mapping[str, torch.Tensor], max_new_tokens: int) -> list[str]:
@@ -80,15 +82,33 @@ def yes_scores(model, processor, items: Sequence[EvaluationItem], *, batch_size:
         UserError: where the tokenizer begins both words with the same tokens.
     """
     scores = {}
+    asked, first = _asked_once(items)
     with _evaluating(model):
         tokens = None
-        for questions, inputs in _batches(model, processor, items, batch_size):
+        for questions, inputs in _batches(model, processor, asked, batch_size):
             if tokens is None:
                 tokens = answer_tokens(processor.tokenizer, _prompt(processor, questions[0].text))
             logits = model(**inputs, logits_to_keep=1).logits[:, -1].float()
             yes, no = (logits[:, ids].logsumexp(-1) for ids in tokens)
             scores.update(zip((question.id for question in questions), (yes - no).tolist()))
-    return scores
+    return {id: scores[asked_as] for id, asked_as in first.items()}
+
+
+def _asked_once(items: Sequence[EvaluationItem]) -> tuple[list[EvaluationItem], dict[str, str]]:
+    """Items without the questions that were asked about the same image object before, and for each question's id that of
+    the one that is asked: POPE's modes ask about what is there three times, and a blank image is always the same."""
+    asked, first, ids = [], {}, {}
+    for item in items:
+        questions = []
+        for question in item.questions:
+            key = id(item.image), question.text
+            if key not in ids:
+                ids[key] = question.id
+                questions.append(question)
+            first[question.id] = ids[key]
+        if questions:
+            asked.append(replace(item, questions=tuple(questions)))
+    return asked, first
 
 
 def answer_tokens(tokenizer, prompt: str) -> tuple[list[int], list[int]]:
