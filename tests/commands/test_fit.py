@@ -52,6 +52,26 @@ def test_a_seed_gives_the_same_run_again_and_measures_on_the_way(source, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_caches_of_what_is_frozen_change_nothing_that_is_learned(backbones, source, tmp_path, recipe_of):
+    model_recipe = ModelRecipe(
+        text=str(backbones / "text"),
+        vision=str(backbones / "vision"),
+        image_size=64,
+        config={"cross_attention_layers": [1, 2], "cross_attention_gate_init": 0.3},
+    )
+    frozen = {"vision": "frozen", "language_model": "frozen"}
+    kept = {"encoder_cache": str(tmp_path / "encoder"), "text_cache": True}
+    states = []
+    for settings in ({}, kept, {**kept, "shared_prefix": True}):
+        recipe = recipe_of(model=copy.deepcopy(model_recipe), training={**frozen, **settings})
+        model, _, log, _ = fit(recipe, source, tmp_path / "run", progress=False)
+        states.append((model.state_dict(), [entry["loss"] for entry in log if "loss" in entry]))
+    assert list((tmp_path / "encoder").rglob("*.safetensors"))
+    for state, losses in states[1:]:
+        assert losses == pytest.approx(states[0][1], rel=1e-3)
+        torch.testing.assert_close(state, states[0][0], rtol=1e-2, atol=1e-3)
+
+
 def test_blocks_and_images_that_are_not_there_are_found_before_training(source, tmp_path, recipe_of):
     with pytest.raises(ValueError, match="^alignment.layers: got 5"):
         fit(recipe_of(alignment=AlignmentConfig(layers=[5])), source, tmp_path, progress=False)

@@ -197,6 +197,15 @@ def test_a_misspelt_key_is_named_with_a_nearest_valid_one(key, data):
         ("training.lora.rnk=4", "^training.lora.rnk: unknown key, .*nearest: 'rank'"),
         ("training.save_every=-1", "^training.save_every: got -1, expected at least 0"),
         ("training.max_length=0", "^training.max_length: got 0, expected at least 1"),
+        (
+            "training.encoder_cache=there",
+            "^training.encoder_cache: got 'there' with training.vision 'full', expected 'frozen'",
+        ),
+        (
+            "training.text_cache=true",
+            "^training.text_cache: got true with training.language_model 'full', expected 'frozen'",
+        ),
+        ("training={shared_prefix: true, packing: true}", "^training.shared_prefix: got true, expected false with"),
         ("training.pack_length=512", "^training.pack_length: got 512, expected at least 1, or null .*training.packing"),
         ("training.packing=512", "^training.packing: got 512, expected bool"),
         ("training.non_finite=ignore", "^training.non_finite: got 'ignore', expected one of stop, skip"),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from ..processing import AgeVlmProcessor
 from ..training.distributed import alone, from_main, is_main, together
 from ..training.encoder_cache import encoder_cache
 from ..training.loss_watch import BAD_BATCHES
+from ..training.text_cache import text_cache
 from ..training.trainer import AgeVlmTrainer
 from ..training.warm_start import warm_start
 from .build import build_model, set_trainable
@@ -170,8 +171,7 @@ def fit(
         )
         _keep_tensorboard(trainer, folder)
         unsharded = copy.deepcopy((model, adapted)) if _shards(trainer) and is_main() else None
-        kept = recipe.training.encoder_cache
-        with encoder_cache(model.model.vision_tower, kept) if kept else nullcontext():
+        with _caches(recipe.training, model, trainer):
             log = train(trainer, progress, checkpoint)
         if _shards(trainer):
             state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
@@ -214,6 +214,19 @@ def _keep_tensorboard(trainer: Trainer, folder: Path) -> None:
         callback = trainer.pop_callback(TensorBoardCallback)
         callback.logging_dir = callback.logging_dir or str(folder / TENSORBOARD_FOLDER)
         trainer.add_callback(callback)
+
+
+@contextmanager
+def _caches(recipe: TrainingRecipe, model: AgeVlmForConditionalGeneration, trainer: Trainer) -> Iterator[None]:
+    """What the recipe keeps of components that are frozen."""
+    with ExitStack() as kept:
+        if recipe.encoder_cache is not None:
+            kept.enter_context(encoder_cache(model.model.vision_tower, recipe.encoder_cache))
+        if recipe.text_cache:
+            if _shards(trainer):
+                raise UserError("training.text_cache: got true, expected false where layers are sharded.")
+            kept.enter_context(text_cache(model.model))
+        yield
 
 
 def _shards(trainer: Trainer) -> bool:

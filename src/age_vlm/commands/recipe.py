@@ -196,6 +196,7 @@ class TrainingRecipe:
     workers: int = 0
     save_parts: str = "all"
     encoder_cache: str | None = None
+    text_cache: bool = False
     report_to: list[str] = field(default_factory=list)
     arguments: dict[str, Any] = field(default_factory=dict)
 
@@ -231,6 +232,11 @@ class TrainingRecipe:
             raise UserError(
                 f"training.encoder_cache: got '{self.encoder_cache}' with training.vision '{self.vision}', expected 'frozen': an "
                 "encoder that learns has no output to keep."
+            )
+        if self.text_cache and self.language_model != "frozen" and not self.language_model_from:
+            raise UserError(
+                f"training.text_cache: got true with training.language_model '{self.language_model}', expected 'frozen', or "
+                "training.language_model_from: layers that learn have no output to keep."
             )
         if not 0 <= self.adam_beta2 < 1:
             raise UserError(f"training.adam_beta2: got {self.adam_beta2}, expected at least 0 and below 1.")

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..atomic_files import replaced
-from ..errors import filling
+from ..errors import UserError, filling
 from ..modeling_agevlm.origins_agevlm import weights_hash
 
 
@@ -30,10 +30,10 @@ def encoder_cache(vision_tower: nn.Module, folder: str | Path) -> Iterator[None]
         folder: made where it is not there. Nothing in it is ever removed: 12 x 12 tokens of width 1,280 take 0.7 MB.
 
     Raises:
-        UserError: one sentence, where the disk is full or may not be written to.
+        UserError: one sentence, for an encoder that is trained, and where the disk is full or may not be written to.
     """
     if any(parameter.requires_grad for parameter in vision_tower.parameters()):
-        raise ValueError("vision_tower: got one that is trained, expected a frozen one.")
+        raise UserError("vision_tower: got one that is trained, expected a frozen one.")
     encode = vision_tower.forward
     own = Path(folder) / weights_hash(vision_tower.state_dict())[:16]
 
