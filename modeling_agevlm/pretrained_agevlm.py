@@ -10,9 +10,12 @@ from .components_agevlm import freeze_components, keep_frozen_still
 from .cross_attention_agevlm import AgeVlmGate
 from .parts_agevlm import (
     check_parts,
+    expect_left_out,
     fetch_left_out,
     ignored_keys,
     left_out,
+    low_rank_change,
+    low_rank_state,
     mark_left_out,
     unchanged_components,
     without_components,
@@ -79,6 +82,7 @@ class AgeVlmPreTrainedModel(PreTrainedModel):
 
     def post_init(self):
         super().post_init()
+        expect_left_out(self)
         self._keys_to_ignore_on_load_missing.update(ignored_keys(self.config))
 
     def tie_weights(self, missing_keys: set[str] | None = None, **kwargs):
@@ -94,7 +98,8 @@ class AgeVlmPreTrainedModel(PreTrainedModel):
 
         Args:
             parts: `"all"`, or `"new"` for all but the pretrained components that are still as they were when the model was
-                built from them: loading takes these from where they came from.
+                built from them: loading takes these from where they came from. Of a language model that was trained by
+                LoRA, only its factors are written.
 
         Raises:
             ValueError: one sentence, for anything else.
@@ -104,9 +109,10 @@ class AgeVlmPreTrainedModel(PreTrainedModel):
         unchanged = unchanged_components(self) if parts == "new" else []
         if not unchanged:
             return super().save_pretrained(save_directory, *args, **kwargs)
-        kwargs["state_dict"] = without_components(kwargs.get("state_dict") or self.state_dict(), unchanged)
+        state = without_components(kwargs.get("state_dict") or self.state_dict(), unchanged)
+        kwargs["state_dict"] = {**state, **low_rank_state(self, unchanged)}
         config = self.config
-        self.config = mark_left_out(config, unchanged)
+        self.config = mark_left_out(config, unchanged, low_rank_change(self))
         try:
             return super().save_pretrained(save_directory, *args, **kwargs)
         finally:

@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
-from ..configuration.configuration_agevlm import AgeVlmConfig
+from .configuration_agevlm import AgeVlmConfig
 from .cache_agevlm import NO_IMAGE, cached_images, image_cache_layer
 from .compat_agevlm import accepts_old_cache_name, capture_outputs, merge_with_config_defaults
 from .image_masks_agevlm import ImagesByRow, mask_for_backend, packed_starts, visible_images, visible_slots

@@ -8,6 +8,7 @@ from transformers.utils import logging
 
 from .backbones_agevlm import BackboneFiles, fill_language_model, fill_vision_tower
 from .components_agevlm import component_of
+from .low_rank_agevlm import LowRankChange, expect_low_rank, merge_low_rank
 from .origins_agevlm import ARGUMENTS, language_model_state, weights_hash
 from .vision_agevlm import drop_unused_head
 
@@ -16,7 +17,7 @@ logger = logging.get_logger(__name__)
 
 _NAMES = {"language_model": "language model", "vision": "vision encoder"}
 _KEYS = {
-    "language_model": r"^(?!.*(vision_tower|multi_modal_projector|cross_attention)\.)",
+    "language_model": r"^(?!.*(vision_tower|multi_modal_projector|cross_attention|low_rank)\.)",
     "vision": r"vision_tower\.",
 }
 
@@ -31,11 +32,15 @@ def component_state(model, component: str, vocab_size: int | None = None) -> dic
 
 
 def unchanged_components(model) -> list[str]:
-    """The pretrained components whose weights are still those that the model was built from."""
+    """The pretrained components whose weights are still those that the model was built from, or these and what LoRA has
+    changed, see `keep_low_rank`."""
     found = []
     for component, entry in (model.config.components or {}).items():
         rows = entry.get("vocab_size")
-        if weights_hash(component_state(model, component, rows)) != entry["sha256"]:
+        known = {entry["sha256"]}
+        if component == "language_model" and (change := low_rank_change(model)) is not None:
+            known = {change.sha256}
+        if weights_hash(component_state(model, component, rows)) not in known:
             continue
         new = model.get_input_embeddings().weight[rows:] if rows else ()
         if len(new):  # the image token, which loading starts anew
@@ -44,6 +49,46 @@ def unchanged_components(model) -> list[str]:
                 continue
         found.append(component)
     return found
+
+
+def low_rank_change(model) -> LowRankChange | None:
+    """What LoRA has changed in the language model since it was pretrained, where that is known."""
+    return getattr(getattr(model, model.base_model_prefix, model), "low_rank_change", None)
+
+
+def keep_low_rank(model, factors: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Remembers what was added to the weights of a language model that was as its checkpoint knows it: `unchanged_components`
+    named it before.
+
+    Args:
+        factors: see `LowRankChange`, of adapters that have been merged.
+    """
+    earlier = low_rank_change(model)
+    if earlier is not None:
+        first = {name: [pair] for name, pair in earlier.factors.items()}
+        for name, pair in factors.items():
+            first.setdefault(name, []).append(pair)
+        factors = {
+            name: (torch.cat([a for a, _ in all_]), torch.cat([b for _, b in all_], 1)) for name, all_ in first.items()
+        }
+    rows = model.config.components["language_model"].get("vocab_size")
+    sha256 = weights_hash(component_state(model, "language_model", rows))
+    getattr(model, model.base_model_prefix, model).low_rank_change = LowRankChange(factors, sha256)
+
+
+def low_rank_state(model, components: list[str]) -> dict[str, torch.Tensor]:
+    """The factors to save beside a model without those components."""
+    change = low_rank_change(model)
+    if change is None or "language_model" not in components:
+        return {}
+    return change.state(f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else "")
+
+
+def expect_left_out(model) -> None:
+    """Prepares a model that is made for a checkpoint that leaves components out."""
+    ranks = ((model.config.components or {}).get("language_model") or {}).get("low_rank")
+    if ranks and hasattr(model, "language_model"):
+        expect_low_rank(model, ranks)
 
 
 def without_components(state: dict[str, torch.Tensor], components: list[str]) -> dict[str, torch.Tensor]:
@@ -61,16 +106,18 @@ def ignored_keys(config) -> set[str]:
     return {_KEYS[component] for component in left_out(config)}
 
 
-def mark_left_out(config, components: list[str]):
-    """A copy of the configuration that says which components are left out."""
+def mark_left_out(config, components: list[str], change: LowRankChange | None = None):
+    """A copy of the configuration that says which components are left out, and what LoRA has changed in them."""
     marked = copy.deepcopy(config)
     marked.components = {
         component: {
-            **{key: value for key, value in entry.items() if key != "left_out"},
+            **{key: value for key, value in entry.items() if key not in ("left_out", "low_rank")},
             **({"left_out": True} if component in components else {}),
         }
         for component, entry in (config.components or {}).items()
     } or None
+    if change is not None and "language_model" in components:
+        marked.components["language_model"]["low_rank"] = change.entry()
     return marked
 
 
@@ -136,4 +183,6 @@ def fetch_left_out(model, parts: dict[str, str | os.PathLike]) -> None:
                 f"parts: the weights of the {called} in '{name}' are not those that this checkpoint was "
                 "trained with; its answers may differ."
             )
+        if component == "language_model" and entry.get("low_rank"):
+            keep_low_rank(model, merge_low_rank(getattr(model, model.base_model_prefix, model), entry["low_rank"]))
     model.config.components = mark_left_out(model.config, []).components

@@ -16,6 +16,7 @@ from ..data.collator import AgeVlmCollator
 from ..errors import UserError, checkpoint_errors
 from ..hub import save_adapter
 from ..modeling_agevlm import AgeVlmForConditionalGeneration
+from ..modeling_agevlm.parts_agevlm import keep_low_rank, unchanged_components
 from ..processing import AgeVlmProcessor
 from ..training.distributed import alone, from_main, is_main, together
 from ..training.encoder_cache import encoder_cache
@@ -146,6 +147,8 @@ def fit(
             tower.load_state_dict(warmed)
             # What is drawn next, as the first weights of adapters are, is the same in every process.
             torch.set_rng_state(generator)
+        # Of adapters on weights that nobody else has, the factors say nothing.
+        known = recipe.training.save_parts == "new" and "language_model" in unchanged_components(model)
         adapted = set_trainable(model, recipe.training)
         curve = CurveCallback(lambda model: measure(model, processor), recipe.training.evaluate_every)
         trainer = AgeVlmTrainer(
@@ -184,11 +187,24 @@ def fit(
             unset_hf_deepspeed_config()
         if adapted is not None and is_main():
             save_adapter(adapted, folder / ADAPTER_FOLDER)
-            model = adapted.merge_and_unload()
+            model = merged(adapted, known)
     finally:
         if is_main() and last_checkpoint(folder) is None:
             remove_resumable(folder)
     return model.eval(), processor, log, curve.points
+
+
+def merged(adapted, keep_factors: bool) -> AgeVlmForConditionalGeneration:
+    """The model with its adapters merged into it, which remembers what they added to its language model."""
+    factors = None
+    if keep_factors:
+        from ..training.lora import language_model_factors
+
+        factors = language_model_factors(adapted)
+    model = adapted.merge_and_unload()
+    if factors:
+        keep_low_rank(model, factors)
+    return model
 
 
 def _cleared(folder: Path, resume: bool) -> Path | None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from peft import LoraConfig
+import torch
+from peft import LoraConfig, PeftModel
 
 from ..errors import UserError, one_of
 
@@ -78,3 +79,23 @@ def lora_config(
         modules_to_save=[*(GATES if gates else ()), *modules_to_save] or None,
         **options,
     )
+
+
+def language_model_factors(adapted: PeftModel) -> dict[str, tuple[torch.Tensor, torch.Tensor]] | None:
+    """What the adapters of a language model are about to add to it when they are merged.
+
+    Returns:
+        Name of each weight (out, in) in the language model -> (rank, in) and (out, rank), whose product is added; None where
+        it is no product, as of DoRA.
+    """
+    factors = {}
+    for name, module in adapted.named_modules():
+        inside = name.rpartition("language_model.")[2]
+        if not getattr(module, "lora_A", None) or "cross_attention" in inside:
+            continue
+        (adapter,) = module.active_adapters
+        if module.use_dora.get(adapter):
+            return None
+        first, second = module.lora_A[adapter].weight.detach(), module.lora_B[adapter].weight.detach()
+        factors[f"{inside}.weight"] = first.clone(), second * module.scaling[adapter]
+    return factors
