@@ -14,6 +14,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 COMMANDS = [path.stem for path in sorted(EXAMPLES.glob("*.py")) if "ArgumentParser(" in path.read_text("utf-8")]
 ARGUMENTS = {
     "ablation_label_maps": ["--images", "a", "--labels", "b", "--classes", "sky"],
+    "ablation_photographs": ["--images", "a", "--instances", "b"],
     "offline_parts": ["components"],
     "train_tiny_sam": ["--output", "out"],
 }
