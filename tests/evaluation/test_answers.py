@@ -60,6 +60,28 @@ def test_answers_are_those_of_each_question_alone(model, processor, batch_size):
     assert len(set(answers.values())) > 1
 
 
+@pytest.mark.parametrize("function", [yes_scores, generate_answers])
+def test_the_same_question_about_one_image_object_is_asked_once(model, processor, function):
+    first, other = ITEMS[:2]
+    again = [
+        EvaluationItem("again", first.image, tuple(Question(f"again/{q.id}", "again", q.text, "no", "count") for q in first.questions)),
+        EvaluationItem("other", other.image, tuple(Question(f"other/{q.id}", "other", q.text, "no", "count") for q in first.questions)),
+    ]  # fmt: skip
+    asked = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: asked.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    results = function(model, processor, [first, *again])
+    hook.remove()
+    assert asked[0] == 2 * len(first.questions)
+    assert len(results) == 3 * len(first.questions)
+    for question in first.questions:
+        assert results[question.id] == results[f"again/{question.id}"]
+    alone = function(model, processor, [again[1]])
+    for question, value in alone.items():
+        assert results[question] == (pytest.approx(value, abs=1e-3) if function is yes_scores else value)
+
+
 def test_a_model_in_training_stays_in_training(make_model, processor):
     model = make_model().train()
     for function in (yes_scores, generate_answers):

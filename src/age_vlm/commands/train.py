@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 
 import PIL.Image
@@ -174,7 +175,8 @@ def test_metrics(model, processor, recipe: Recipe, source: DataSource) -> dict[s
     metrics, _ = answer_metrics(model, processor, source.test)
     if split_items(source.test, lambda question: question.mask is not None):
         metrics |= grounding_metrics(model, processor, source.test, recipe.alignment)
-    blank = [dataclasses.replace(item, image=PIL.Image.new("RGB", item.image.size, "grey")) for item in source.test]
+    grey = cache(lambda size: PIL.Image.new("RGB", size, "grey"))  # one object a size: nothing is asked of it twice
+    blank = [dataclasses.replace(item, image=grey(item.image.size)) for item in source.test]
     control, _ = answer_metrics(model, processor, blank)
     if recipe.data.kind == "label_maps":
         for row, images in ((metrics, source.test), (control, blank)):
