@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
+
+from age_vlm.data.questions import EvaluationItem, Question
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -82,15 +85,11 @@ def test_all_arms_are_one_table_and_finished_runs_stay(example, words, tmp_path,
 def test_the_interval_is_of_photographs(example):
     """With one photograph there is nothing to draw; with copies of two that disagree it is wide."""
 
-    class Q:
-        def __init__(self, id, answer):
-            self.id, self.answer, self.mode = id, answer, "random"
+    def item(**answers):
+        asked = (Question(id, "1", f"{id}?", answer, "existence", "random") for id, answer in answers.items())
+        return EvaluationItem("1", Image.new("RGB", (4, 4)), tuple(asked))
 
-    class Item:
-        def __init__(self, *questions):
-            self.questions = questions
-
-    one = [Item(Q("a", "yes"), Q("b", "no"), Q("c", "no"))]
+    one = [item(a="yes", b="no", c="no")]
     assert example.half_interval({"a": 1, "b": 0, "c": 2}, one, "random") == 0
-    two = [Item(Q("a", "yes"), Q("b", "no")), Item(Q("c", "yes"), Q("d", "no"))]
+    two = [item(a="yes", b="no"), item(c="yes", d="no")]
     assert example.half_interval({"a": 1, "b": 0, "c": 0, "d": 1}, two, "random") == pytest.approx(0.5)

@@ -1,6 +1,8 @@
 """Llamas without the images, how near two results must be, and a model built from the folders of two components."""
 
 import copy
+import subprocess
+import sys
 
 import PIL.Image
 import pytest
@@ -8,6 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TimmWrapperConfig, TimmWrapperModel
 
 from age_vlm import AgeVlmForConditionalGeneration, AgeVlmProcessor
+from age_vlm.hub import save_checkpoint
 
 
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 0.15, torch.float16: 0.03}
@@ -90,3 +93,29 @@ def inputs(built, picture):
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it?"}]}]
     text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     return processor(images=[picture], text=[text], return_tensors="pt", add_special_tokens=False)
+
+
+@pytest.fixture
+def check_remotely(folders, inputs, tmp_path):
+    """Saves a model without its pretrained components, loads it in a process that has no age-vlm, and compares the logits."""
+
+    def check(model, processor):
+        save_checkpoint(model, processor, tmp_path / "new", parts="new")
+        torch.save((dict(inputs), model(**inputs).logits.detach()), tmp_path / "expected.pt")
+        script = f"""
+import sys
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "age_vlm":
+            raise ImportError(name)
+sys.meta_path.insert(0, Without())
+import torch
+from transformers import AutoModelForImageTextToText
+parts = {{"text": {str(folders["text"])!r}, "vision": {str(folders["vision"])!r}}}
+model = AutoModelForImageTextToText.from_pretrained({str(tmp_path / "new")!r}, trust_remote_code=True, parts=parts)
+inputs, expected = torch.load({str(tmp_path / "expected.pt")!r}, weights_only=False)
+assert torch.equal(model(**inputs).logits, expected)
+"""
+        subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
+
+    return check

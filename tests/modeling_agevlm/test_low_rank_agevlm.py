@@ -1,8 +1,6 @@
 """What LoRA changed in a language model is saved as its factors, and put on the weights that loading fetches."""
 
 import json
-import subprocess
-import sys
 
 import peft
 import pytest
@@ -86,26 +84,9 @@ def test_what_is_no_product_is_written_whole(built, folders, inputs, tmp_path, h
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
 
 
-def test_remote_code_adds_them(built, folders, inputs, tmp_path):
+def test_remote_code_adds_them(built, check_remotely):
     model, processor = built
-    model = _tuned(model)
-    save_checkpoint(model, processor, tmp_path / "new", parts="new")
-    torch.save((dict(inputs), model(**inputs).logits.detach()), tmp_path / "expected.pt")
-    script = f"""
-import sys
-class Without:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "age_vlm":
-            raise ImportError(name)
-sys.meta_path.insert(0, Without())
-import torch
-from transformers import AutoModelForImageTextToText
-parts = {{"text": {str(folders["text"])!r}, "vision": {str(folders["vision"])!r}}}
-model = AutoModelForImageTextToText.from_pretrained({str(tmp_path / "new")!r}, trust_remote_code=True, parts=parts)
-inputs, expected = torch.load({str(tmp_path / "expected.pt")!r}, weights_only=False)
-assert torch.equal(model(**inputs).logits, expected)
-"""
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
+    check_remotely(_tuned(model), processor)
 
 
 @pytest.mark.parametrize("name", ["layers.9.mlp.up_proj.weight", "norm.weight"])

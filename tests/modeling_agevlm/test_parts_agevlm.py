@@ -3,8 +3,6 @@
 import json
 import logging
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -66,26 +64,8 @@ def test_a_pipeline_takes_parts(built, folders, tmp_path, picture):
     assert said[0] == said[1]
 
 
-def test_remote_code_puts_them_together(built, folders, inputs, tmp_path):
-    """In a process that has no age-vlm."""
-    model, processor = built
-    save_checkpoint(model, processor, tmp_path / "new", parts="new")
-    torch.save((dict(inputs), model(**inputs).logits.detach()), tmp_path / "expected.pt")
-    script = f"""
-import sys
-class Without:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "age_vlm":
-            raise ImportError(name)
-sys.meta_path.insert(0, Without())
-import torch
-from transformers import AutoModelForImageTextToText
-parts = {{"text": {str(folders["text"])!r}, "vision": {str(folders["vision"])!r}}}
-model = AutoModelForImageTextToText.from_pretrained({str(tmp_path / "new")!r}, trust_remote_code=True, parts=parts)
-inputs, expected = torch.load({str(tmp_path / "expected.pt")!r}, weights_only=False)
-assert torch.equal(model(**inputs).logits, expected)
-"""
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=200)
+def test_remote_code_puts_them_together(built, check_remotely):
+    check_remotely(*built)
 
 
 @pytest.mark.parametrize("component", ["vision", "language_model"])

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from age_vlm.data.collator import GROUNDING_KEYS, AgeVlmCollator
-from age_vlm.training.text_cache import text_cache
+from age_vlm.training.text_cache import TextStates, text_cache
 
 
 @pytest.fixture
@@ -64,6 +64,30 @@ def test_rows_that_are_padded_by_a_mask_are_computed_as_always(frozen, processor
         for _ in range(2):
             torch.testing.assert_close(_step(frozen, batch)[0], expected)
     assert kept.read == 0
+
+
+def test_with_a_cache_nothing_is_taken_for_a_text_of_its_own(frozen):
+    frozen.eval()
+    ids = torch.tensor([[20, 21, 22, 23]])
+    position_ids = torch.arange(4)[None]
+    with text_cache(frozen.model) as kept, torch.no_grad():
+        expected = frozen(ids).logits[:, -1]
+        for _ in range(2):
+            cache = frozen(ids[:, :3], position_ids=position_ids[:, :3], use_cache=True).cache
+            found = frozen(ids[:, 3:], position_ids=position_ids[:, 3:], cache=cache, use_cache=True).logits[:, -1]
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert kept.read == 0
+
+
+def test_what_is_full_grows_no_more():
+    kept = TextStates(max_bytes=8)
+    text = torch.arange(3)[None], torch.arange(3)[None], torch.tensor([[-1, 0, 1]])
+    (nodes,) = kept.nodes(*text)
+    kept.keep(nodes, torch.ones(3, 2))
+    assert kept.known(nodes[:1]) and not kept.known(nodes)
+    assert kept.nodes(*text) == [nodes]
+    assert kept.nodes(text[0] + 1, *text[1:]) == [None]
+    assert len(kept._nodes) == len(kept._states) == 3
 
 
 def test_layers_that_learn_are_refused(make_model):

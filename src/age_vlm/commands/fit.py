@@ -148,7 +148,8 @@ def fit(
             # What is drawn next, as the first weights of adapters are, is the same in every process.
             torch.set_rng_state(generator)
         # Of adapters on weights that nobody else has, the factors say nothing.
-        known = recipe.training.save_parts == "new" and "language_model" in unchanged_components(model)
+        by_factors = recipe.training.save_parts == "new" and recipe.training.language_model == "lora"
+        known = by_factors and "language_model" in unchanged_components(model)
         adapted = set_trainable(model, recipe.training)
         curve = CurveCallback(lambda model: measure(model, processor), recipe.training.evaluate_every)
         trainer = AgeVlmTrainer(

@@ -20,7 +20,7 @@ _NOTHING = -1
 
 
 class TextStates:
-    """States by node of the tree, up to `max_bytes`; then no more are added.
+    """States by node of the tree, up to `max_bytes`; then neither nodes nor states are added.
 
     Attributes:
         read, computed: numbers of rows of text so far.
@@ -33,29 +33,35 @@ class TextStates:
         self._states: list[torch.Tensor | None] = []
         self._bytes = 0
 
-    def nodes(self, input_ids: torch.Tensor, position_ids: torch.Tensor, parents: torch.Tensor) -> list[list[int]]:
-        """The node of each token, row by row.
+    def nodes(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, parents: torch.Tensor
+    ) -> list[list[int] | None]:
+        """The node of each token, row by row; None for a row with a token that is new when nothing is added any more.
 
         Args:
             input_ids, position_ids, parents: (rows, length); parents are positions in the row, `_NOTHING` for none.
         """
-        rows = []
-        for ids, positions, before in zip(input_ids.tolist(), position_ids.tolist(), parents.tolist()):
-            found: list[int] = []
-            for token in zip(ids, positions, before):
-                key = (_NOTHING if token[2] == _NOTHING else found[token[2]], token[0], token[1])
-                node = self._nodes.setdefault(key, len(self._nodes))
-                if node == len(self._states):
-                    self._states.append(None)
-                found.append(node)
-            rows.append(found)
-        return rows
+        texts = zip(input_ids.tolist(), position_ids.tolist(), parents.tolist())
+        return [self._nodes_of(*text) for text in texts]
 
-    def known(self, nodes: list[int]) -> bool:
-        return all(self._states[node] is not None for node in nodes)
+    def _nodes_of(self, ids: list[int], positions: list[int], parents: list[int]) -> list[int] | None:
+        found: list[int] = []
+        for token, position, parent in zip(ids, positions, parents):
+            key = (_NOTHING if parent == _NOTHING else found[parent], token, position)
+            node = self._nodes.get(key)
+            if node is None:
+                if self._bytes >= self.max_bytes:
+                    return None
+                node = self._nodes[key] = len(self._states)
+                self._states.append(None)
+            found.append(node)
+        return found
 
-    def keep(self, nodes: list[int], states: torch.Tensor) -> None:
-        for node, state in zip(nodes, states):
+    def known(self, nodes: list[int] | None) -> bool:
+        return nodes is not None and all(self._states[node] is not None for node in nodes)
+
+    def keep(self, nodes: list[int] | None, states: torch.Tensor) -> None:
+        for node, state in zip(nodes or (), states):
             if self._states[node] is None and self._bytes < self.max_bytes:
                 self._states[node] = state.clone()
                 self._bytes += state.nbytes
@@ -68,7 +74,8 @@ class TextStates:
 def text_cache(model: AgeVlmModel, max_bytes: int = 256 * MIB) -> Iterator[TextStates]:
     """While it lasts, layers in front of the first cross-attention block are computed once for each text.
 
-    Only for batches with `position_ids`, as `AgeVlmCollator` makes of independent turns; others are computed as always.
+    Only for batches with `position_ids` and without a cache, as `AgeVlmCollator` makes of independent turns and trainers
+    ask for; others are computed as always. Hidden states that are recorded are, of these layers, those of the last one.
 
     Args:
         model: the layers up to its first cross-attention block are frozen, and without dropout.
@@ -90,7 +97,9 @@ def text_cache(model: AgeVlmModel, max_bytes: int = 256 * MIB) -> Iterator[TextS
 
     def remember(module, args, kwargs) -> None:
         batch.clear()
-        if kwargs.get("input_ids") is not None and kwargs.get("position_ids") is not None:
+        # With a cache, what a token sees is not all in the batch.
+        whole = kwargs.get("use_cache") is False and kwargs.get("cache") is None
+        if whole and kwargs.get("input_ids") is not None and kwargs.get("position_ids") is not None:
             parents = _parents(kwargs["position_ids"], kwargs.get("attention_mask"))
             if parents is not None:
                 batch["nodes"] = kept.nodes(kwargs["input_ids"], kwargs["position_ids"], parents)
